@@ -1,0 +1,357 @@
+"""The ``lora`` family: ``y = x W^T + bias + scale * drop(x) A^T B^T`` with frozen (or trainable) ``W``.
+
+The graph is cut at ``S = scale * drop(x) A^T`` (``[M, r]``), as in LoRAFusion (arXiv 2510.00206): everything that reads
+``x`` besides the base GEMM is one *shrink*, everything that writes ``y`` is one *expand*. Notation: ``x [M, K]``,
+``W [N, K]``, ``A [r, K]``, ``B [N, r]``, ``dy [M, N]``; ``scale = alpha / r``; ``drop`` keeps an element with
+probability ``1 - p`` and divides it by that.
+
+Backward, with ``dS = scale * dy B``::
+
+    dB = dy^T S          dA = dS^T drop(x)         dx = dy W + mask * (dS A) / (1 - p)
+
+Saved for it: ``x`` itself (which q/k/v or gate/up share), ``S``, and either one bit an element (``M * ceil(K/32) * 4``
+bytes) or nothing but the seed, from which the mask is drawn again.
+
+Conventions of all operators here: 2-D tensors with any strides; ``x``, ``w``, ``dy``, ``s``, ``ds`` and ``y`` share one
+floating dtype, ``a`` and ``b`` may have another one (fp32 adapters over a bf16 base), products accumulate in fp32 (fp64
+for fp64), and weight gradients leave in that accumulation dtype. Dropped elements contribute exactly zero, even where
+``x`` is not finite.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._dispatch import define
+from .._errors import bad
+from .philox import inv_keep, keep_mask, pack_bits, unpack_bits
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 for 16-bit floats, otherwise the dtype itself."""
+    return torch.float32 if dtype in _HALF else dtype
+
+
+def _mask_words(x: Tensor, p: float, save_mask: bool) -> tuple[int, ...]:
+    return (x.shape[0], (x.shape[1] + 31) // 32) if save_mask and p > 0 else (0,)
+
+
+def _keep(rows: int, cols: int, mask: Tensor | None, p: float, seed: Tensor | None, child: int) -> Tensor | None:
+    if p == 0:
+        return None
+    if mask is not None:
+        return unpack_bits(mask, cols)
+    assert seed is not None
+    return keep_mask(rows, cols, p, seed, child)
+
+
+# ------------------------------------------------------------------------------------------------------------- shrink
+
+SHRINK = "(Tensor x, Tensor a, float scale, float p, Tensor? seed, int child, bool save_mask) -> (Tensor, Tensor)"
+
+
+def shrink_fake(
+    x: Tensor, a: Tensor, scale: float, p: float, seed: Tensor | None, child: int, save_mask: bool
+) -> tuple[Tensor, Tensor]:
+    """Shapes of ``lowmem::lora_shrink``."""
+    return x.new_empty(x.shape[0], a.shape[0]), x.new_empty(_mask_words(x, p, save_mask), dtype=torch.int32)
+
+
+def shrink_reference(
+    x: Tensor, a: Tensor, scale: float, p: float, seed: Tensor | None, child: int, save_mask: bool
+) -> tuple[Tensor, Tensor]:
+    """``S = scale * drop(x) a^T``: ``[M, r]`` in ``x.dtype``, and the packed keep bits ``[M, ceil(K/32)]`` int32 where
+    ``save_mask`` and ``p > 0`` (else an empty tensor)."""
+    keep = _keep(x.shape[0], x.shape[1], None, p, seed, child)
+    if keep is None:
+        return (x @ a.to(x.dtype).T).mul_(scale), x.new_empty(0, dtype=torch.int32)
+    s = (torch.where(keep, x, 0) @ a.to(x.dtype).T).mul_(scale * inv_keep(p))
+    return s, pack_bits(keep) if save_mask else x.new_empty(0, dtype=torch.int32)
+
+
+# ------------------------------------------------------------------------------------------------------------- expand
+
+EXPAND = "(Tensor x, Tensor? w, Tensor s, Tensor b, Tensor? bias) -> Tensor"
+
+
+def expand_fake(x: Tensor, w: Tensor | None, s: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """Shape of ``lowmem::lora_expand``."""
+    return x.new_empty(x.shape[0], b.shape[0])
+
+
+def expand_reference(x: Tensor, w: Tensor | None, s: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """``y = x w^T + s b^T + bias``: ``[M, N]`` in ``x.dtype``; ``w`` None leaves the first term out. ``s`` is scaled."""
+    delta = s @ b.to(s.dtype).T
+    if w is not None:
+        delta = delta.add_(x @ w.T)
+    return delta if bias is None else delta.add_(bias)
+
+
+def _expand_composed(x: Tensor, w: Tensor | None, s: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
+    """Expand over torch's own GEMMs: the base GEMM writes ``y``, a rank-r GEMM accumulates onto it in place."""
+    bt = b.to(x.dtype).T
+    if w is None:
+        return s @ bt if bias is None else torch.addmm(bias, s, bt)
+    return F.linear(x, w, bias).addmm_(s, bt)
+
+
+# ------------------------------------------------------------------------------------------------------------ dy pass
+
+DY = "(Tensor dy, Tensor b, Tensor s, float scale) -> (Tensor, Tensor)"
+
+
+def dy_fake(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Shapes of ``lowmem::lora_dy``."""
+    return dy.new_empty(dy.shape[0], b.shape[1]), dy.new_empty(b.shape, dtype=accumulate_dtype(dy.dtype))
+
+
+def dy_reference(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``dS = scale * dy b`` (``[M, r]``, ``dy.dtype``) and ``dB = dy^T s`` (``[N, r]``, accumulation dtype)."""
+    return (dy @ b.to(dy.dtype)).mul_(scale), (dy.T @ s).to(accumulate_dtype(dy.dtype))
+
+
+# ---------------------------------------------------------------------------------------------------- masked expand
+
+MASKED_EXPAND = (
+    "(Tensor(a!) out, Tensor ds, Tensor a, Tensor? mask, float p, Tensor? seed, int child, bool accumulate) -> ()"
+)
+
+
+def masked_expand_fake(
+    out: Tensor, ds: Tensor, a: Tensor, mask: Tensor | None, p: float, seed: Tensor | None, child: int, accumulate: bool
+) -> None:
+    """``lowmem::lora_masked_expand_`` writes ``out`` and returns nothing."""
+
+
+def masked_expand_reference(
+    out: Tensor, ds: Tensor, a: Tensor, mask: Tensor | None, p: float, seed: Tensor | None, child: int, accumulate: bool
+) -> None:
+    """``out = accumulate * out + mask * (ds a) / (1 - p)``: ``[M, K]`` in place. ``mask`` holds packed bits, or None to
+    draw them again from ``seed`` and ``child``; with ``p = 0`` both are ignored."""
+    delta = ds @ a.to(ds.dtype)
+    keep = _keep(out.shape[0], out.shape[1], mask, p, seed, child)
+    if keep is not None:
+        delta = torch.where(keep, delta.mul_(inv_keep(p)), 0)
+    out.add_(delta) if accumulate else out.copy_(delta)
+
+
+# ------------------------------------------------------------------------------------------------------------ dx GEMM
+
+DX = "(Tensor dy, Tensor? w, Tensor ds, Tensor a, Tensor? mask, float p, Tensor? seed, int child) -> Tensor"
+
+
+def dx_fake(
+    dy: Tensor, w: Tensor | None, ds: Tensor, a: Tensor, mask: Tensor | None, p: float, seed: Tensor | None, child: int
+) -> Tensor:
+    """Shape of ``lowmem::lora_dx``."""
+    return dy.new_empty(dy.shape[0], a.shape[1])
+
+
+def dx_reference(
+    dy: Tensor, w: Tensor | None, ds: Tensor, a: Tensor, mask: Tensor | None, p: float, seed: Tensor | None, child: int
+) -> Tensor:
+    """``dx = dy w + mask * (ds a) / (1 - p)``: ``[M, K]`` in ``dy.dtype``; ``w`` None leaves the first term out."""
+    dx = dy.new_zeros(dy.shape[0], a.shape[1]) if w is None else dy @ w
+    masked_expand_reference(dx, ds, a, mask, p, seed, child, True)
+    return dx
+
+
+def _dx_composed(
+    dy: Tensor, w: Tensor | None, ds: Tensor, a: Tensor, mask: Tensor | None, p: float, seed: Tensor | None, child: int
+) -> Tensor:
+    """dx over torch's own base GEMM, then the masked rank-r update in place on its output."""
+    dx = dy.new_empty(dy.shape[0], a.shape[1]) if w is None else dy @ w
+    torch.ops.lowmem.lora_masked_expand_(dx, ds, a, mask, p, seed, child, w is not None)
+    return dx
+
+
+# ----------------------------------------------------------------------------------------------------------------- dA
+
+DA = "(Tensor ds, Tensor x, Tensor? mask, float p, Tensor? seed, int child) -> Tensor"
+
+
+def da_fake(ds: Tensor, x: Tensor, mask: Tensor | None, p: float, seed: Tensor | None, child: int) -> Tensor:
+    """Shape of ``lowmem::lora_da``."""
+    return x.new_empty(ds.shape[1], x.shape[1], dtype=accumulate_dtype(x.dtype))
+
+
+def da_reference(ds: Tensor, x: Tensor, mask: Tensor | None, p: float, seed: Tensor | None, child: int) -> Tensor:
+    """``dA = ds^T drop(x)``: ``[r, K]`` in the accumulation dtype, from the raw ``x`` and the mask's bits or seed."""
+    keep = _keep(x.shape[0], x.shape[1], mask, p, seed, child)
+    if keep is None:
+        return (ds.T @ x).to(accumulate_dtype(x.dtype))
+    return (ds.T @ torch.where(keep, x, 0)).to(accumulate_dtype(x.dtype)).mul_(inv_keep(p))
+
+
+def _launcher(name: str) -> Any:
+    # Triton is imported at the first call on a CUDA device, never before
+    def launch(*args: Any) -> Any:
+        from ..triton_kernels import lora as kernels
+
+        return getattr(kernels, name)(*args)
+
+    launch.__name__ = f"triton_kernels.lora.{name}"
+    return launch
+
+
+define("lora_shrink", SHRINK, fake=shrink_fake, reference=shrink_reference, cpp=("cpu",), cuda=_launcher("shrink"))
+define("lora_expand", EXPAND, fake=expand_fake, reference=expand_reference, cpu=_expand_composed, cuda=_launcher("expand"))
+define("lora_dy", DY, fake=dy_fake, reference=dy_reference, cpp=("cpu", "cuda"), cuda=_launcher("dy"))
+define(
+    "lora_masked_expand_",
+    MASKED_EXPAND,
+    fake=masked_expand_fake,
+    reference=masked_expand_reference,
+    cpp=("cpu", "cuda"),
+    cuda=_launcher("masked_expand_"),
+)
+define("lora_dx", DX, fake=dx_fake, reference=dx_reference, cpu=_dx_composed, cuda=_launcher("dx"))
+define("lora_da", DA, fake=da_fake, reference=da_reference, cpp=("cpu",), cuda=_launcher("da"))
+
+
+# ---------------------------------------------------------------------------------------------------------- autograd
+
+
+class _LoRALinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        base: Tensor | None,
+        bias: Tensor | None,
+        a: Tensor,
+        b: Tensor,
+        scale: float,
+        p: float,
+        seed: Tensor | None,
+        child: int,
+        save_mask: bool,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        train = ctx.needs_input_grad
+        save_mask = save_mask and p > 0 and (train[0] or train[3])
+        s, mask = torch.ops.lowmem.lora_shrink(rows, a, scale, p, seed, child, save_mask)
+        y = torch.ops.lowmem.lora_expand(rows, base, s, b, bias)
+        # x is saved as it came, so that layers over one input share its storage; W, A, B are parameters, not copies
+        ctx.save_for_backward(
+            x if train[1] or train[3] else None,
+            base,
+            a,
+            b,
+            s if train[4] else None,
+            mask if save_mask else None,
+            None if save_mask else seed,
+        )
+        ctx.scale, ctx.p, ctx.child = scale, p, child
+        return y.view(*x.shape[:-1], b.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, base, a, b, s, mask, seed = ctx.saved_tensors
+        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
+        p, child = ctx.p, ctx.child
+        dy = grad.reshape(-1, grad.shape[-1])
+        dx = dw = dbias = da = db = None
+        ops = torch.ops.lowmem
+        if need_b:
+            ds, db = ops.lora_dy(dy, b, s, ctx.scale)
+            db = db.to(b.dtype)
+        elif need_x or need_a:
+            ds = (dy @ b.to(dy.dtype)).mul_(ctx.scale)
+        if need_x:
+            dx = ops.lora_dx(dy, base, ds, a, mask, p, seed, child).view(*grad.shape[:-1], a.shape[1])
+        if need_a or need_w:
+            rows = x.reshape(-1, x.shape[-1])
+        if need_a:
+            da = ops.lora_da(ds, rows, mask, p, seed, child).to(a.dtype)
+        if need_w:
+            dw = dy.T @ rows
+        if need_bias:
+            dbias = dy.sum(0)
+        return dx, dw, dbias, da, db, None, None, None, None, None
+
+
+def _check(x: Tensor, base: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None, p: float, seed: Tensor | None) -> None:
+    op = "lora_linear"
+    if not x.is_floating_point():
+        bad(op, "x", "a floating dtype", x.dtype, kind=TypeError)
+    if x.dim() < 1:
+        bad(op, "x", "at least one dimension [..., K]", f"shape {tuple(x.shape)}")
+    k = x.shape[-1]
+    if a.dim() != 2 or a.shape[1] != k or a.shape[0] < 1:
+        bad(op, "A", f"shape [r, {k}] with r >= 1 (K = x's last dimension)", f"shape {tuple(a.shape)}")
+    if b.dim() != 2 or b.shape[1] != a.shape[0]:
+        bad(op, "B", f"shape [N, {a.shape[0]}] (r = A's rows)", f"shape {tuple(b.shape)}")
+    n = b.shape[0]
+    if base is not None:
+        if tuple(base.shape) != (n, k):
+            bad(op, "base", f"shape [{n}, {k}] (B's rows, x's last dimension)", f"shape {tuple(base.shape)}")
+        if base.dtype != x.dtype:
+            bad(op, "base", f"x's dtype {x.dtype}", base.dtype, hint="cast x, or run under torch.autocast", kind=TypeError)
+    if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype):
+        bad(op, "bias", f"shape [{n}] in {x.dtype}", f"shape {tuple(bias.shape)} in {bias.dtype}")
+    for name, t in (("base", base), ("A", a), ("B", b), ("bias", bias)):
+        if t is None:
+            continue
+        if not t.is_floating_point():
+            bad(op, name, "a floating dtype", t.dtype, kind=TypeError)
+        if t.device != x.device:
+            bad(op, name, f"device {x.device} (x's)", f"device {t.device}")
+    if not 0.0 <= p <= 1.0:
+        bad(op, "p", "a probability in [0, 1]", p)
+    if p > 0:
+        if seed is None:
+            bad(op, "seed", "an int64 tensor of one element, since p > 0", None, hint="torch.randint(0, 2**62, (1,), device=x.device)")
+        if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
+            bad(op, "seed", f"int64 of one element on {x.device}", f"{seed.dtype} of {seed.numel()} on {seed.device}")
+
+
+def lora_linear(
+    x: Tensor,
+    base: Tensor | None,
+    A: Tensor,  # noqa: N803 (the field's names)
+    B: Tensor,  # noqa: N803
+    scale: float,
+    *,
+    bias: Tensor | None = None,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+    child: int = 0,
+    save_mask: bool = True,
+) -> Tensor:
+    """``y = x base^T + bias + scale * drop_p(x) A^T B^T`` (LoRA, arXiv 2106.09685; split as LoRAFusion, 2510.00206).
+
+    Args:
+        x: ``[..., K]``, float; any leading shape, zero rows included.
+        base: ``[N, K]`` in ``x.dtype``, or None for the low-rank term alone.
+        A: ``[r, K]``; B: ``[N, r]``; any r >= 1, any floating dtype (rounded to ``x.dtype`` where a tensor core needs it).
+        scale: usually ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
+        bias: ``[N]`` in ``x.dtype``.
+        p: drop probability of the adapter's input, expressed in 1/65536ths; 1 drops everything.
+        seed: int64 of one element on x's device, required when ``p > 0``: same seed, same mask, on every backend.
+        child: distinguishes layers that share one seed.
+        save_mask: keep ``M * ceil(K/32) * 4`` bytes of bits for backward; False keeps the seed alone and draws them again.
+
+    Returns ``[..., N]`` in ``x.dtype``. Under ``torch.autocast`` x, base and bias are cast first, as ``F.linear`` does.
+    Saved for backward: ``x``, ``S [M, r]`` and the bits or the seed: ``M * (K + r) * itemsize + M * K / 8`` bytes, of
+    which ``x`` is shared with every other layer over the same input.
+
+    Raises ValueError or TypeError ``lowmem.lora_linear: <argument>: expected ..., got ...`` before anything is computed.
+    """
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        if x.is_floating_point() and x.dtype != torch.float64:
+            x = x.to(dtype)
+            base = base if base is None else base.to(dtype)
+            bias = bias if bias is None else bias.to(dtype)
+        with torch.autocast(kind, enabled=False):
+            return lora_linear(x, base, A, B, scale, bias=bias, p=p, seed=seed, child=child, save_mask=save_mask)
+    _check(x, base, A, B, bias, p, seed)
+    return _LoRALinear.apply(x, base, bias, A, B, scale, p, seed if p > 0 else None, child, save_mask)
