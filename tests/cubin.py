@@ -1,6 +1,6 @@
 """Reads compiled GPU code: registers, local memory, shared memory and instructions of each kernel of a cubin.
 
-The tools are the ``cuobjdump`` and ``nvdisasm`` that Triton's wheel ships, or those of a CUDA toolkit: no GPU is needed.
+The tools are the ``cuobjdump`` and ``nvdisasm`` of Triton's wheel, or those of a CUDA toolkit: no GPU is needed.
 Both budget tests (``test_cuda_compile.py``, ``test_compile_targets.py``) read cubins here and nowhere else.
 """
 
@@ -20,7 +20,7 @@ class ToolMissingError(RuntimeError):
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit: ``$CUDA_HOME`` or ``$CUDA_PATH``, else where ``nvcc`` on the PATH lies, else /usr/local/cuda."""
+    """The CUDA toolkit: ``$CUDA_HOME`` or ``$CUDA_PATH``, else that of the PATH's ``nvcc``, else /usr/local/cuda."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if os.environ.get(variable):
             return Path(os.environ[variable])
@@ -45,11 +45,11 @@ def _places(name: str) -> list[Path]:
     return places
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def tool(name: str) -> Path:
-    """The path of ``cuobjdump``, ``nvdisasm``, ``nvcc`` or ``ptxas``; raises :class:`ToolMissingError` where none is found.
+    """The path of ``cuobjdump``, ``nvdisasm``, ``nvcc`` or ``ptxas``, or a :class:`ToolMissingError`.
 
-    ``nvcc`` and ``ptxas`` come from the toolkit only, since a cubin's figures belong to the compiler that ships with it.
+    ``nvcc`` and ``ptxas`` come from the toolkit only: Triton's ``ptxas`` is another version.
     """
     places = _places(name)
     if name in ("nvcc", "ptxas"):
@@ -57,7 +57,7 @@ def tool(name: str) -> Path:
     for place in places:
         if os.access(place, os.X_OK):
             return place
-    raise ToolMissingError(f"{name} was not found: it comes with the CUDA toolkit, cuobjdump and nvdisasm also with triton")
+    raise ToolMissingError(f"{name} was not found: the CUDA toolkit has it (cuobjdump and nvdisasm: triton, too)")
 
 
 def have(*names: str) -> str:
@@ -93,9 +93,9 @@ def parse_resource_usage(text: str) -> dict[str, dict[str, int]]:
 def resource_usage(cubin_path: str | Path) -> dict[str, dict[str, int]]:
     """``{kernel's mangled name: {"registers", "local_bytes", "shared_bytes"}}`` of a cubin.
 
-    ``local_bytes`` is the stack frame per thread: spills and arrays that could not stay in registers. ``shared_bytes`` is
-    static shared memory as the tool reports it: from sm_90 on 1024 bytes that the system reserves are in it, and dynamic
-    shared memory never is (Triton's ``metadata.shared`` holds that).
+    ``local_bytes`` is the stack frame per thread: spills and arrays that could not stay in registers.
+    ``shared_bytes`` is static shared memory as the tool reports it: from sm_90 on 1024 bytes that the system reserves
+    are in it, and dynamic shared memory never is (Triton's ``metadata.shared`` holds that).
     """
     return parse_resource_usage(_run("cuobjdump", "--dump-resource-usage", str(cubin_path)))
 
