@@ -1,0 +1,322 @@
+"""LoRA modules: :class:`FusedLoRALinear`, a drop-in ``nn.Linear`` with named low-rank adapters."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .._errors import bad
+from ..ops.lora import accumulate_dtype, lora_linear
+
+MERGE_ROWS = 1024  # rows of W that merge() holds in fp32 at a time
+
+
+def _check_adapter(name: str, r: int, alpha: float, dropout: float) -> None:
+    op = "FusedLoRALinear"
+    if not isinstance(name, str) or not name or "." in name:
+        bad(op, "name", "a non-empty string without dots", repr(name))
+    if isinstance(r, bool) or not isinstance(r, int) or r < 1:
+        bad(op, "r", "an integer >= 1", repr(r))
+    if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        bad(op, "alpha", "a finite number", repr(alpha))
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0.0 <= dropout <= 1.0:
+        bad(op, "dropout", "a probability in [0, 1]", repr(dropout))
+
+
+class FusedLoRALinear(nn.Linear):
+    """``y = x W^T + bias + scale * drop_p(x) A^T B^T`` with ``W`` and ``bias`` frozen (LoRA, arXiv 2106.09685).
+
+    ``scale = alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora`` (arXiv 2312.03732). Several adapters may live on one
+    layer under different names; one is active at a time.
+
+    Saved for backward, per input row: ``in_features * itemsize`` for ``x`` (one storage shared by all layers over the same
+    ``x``), ``r * itemsize`` for S and, with dropout, ``in_features / 8`` for the mask's bits, or 0 with ``mask="seed"``.
+
+    Args:
+        in_features, out_features: K and N.
+        r: rank, any integer >= 1.
+        alpha: numerator of the scale.
+        dropout: drop probability of the adapter's input while training, in 1/65536ths.
+        bias: give the layer a bias, ``[N]``.
+        base: ``[N, K]``, used as the weight without a copy; None makes a new weight, initialised as ``nn.Linear`` does.
+        use_rslora: scale by ``alpha / sqrt(r)``.
+        adapter_dtype: dtype of A and B; None means fp32 over a 16-bit weight and the weight's dtype otherwise.
+        mask: ``"bits"`` keeps one bit an element for backward, ``"seed"`` draws the mask again there.
+        name: the first adapter's name.
+        device, dtype: of a new weight.
+
+    ``state_dict`` keys: ``weight``, ``bias``, ``lora_A.<name>`` ``[r, K]``, ``lora_B.<name>`` ``[N, r]``. A is initialised
+    as in ``nn.Linear``, B with zeros.
+
+    Raises ValueError or TypeError ``lowmem.FusedLoRALinear: <argument>: expected ..., got ...``.
+    """
+
+    _version = 1
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        bias: bool = False,
+        base: Tensor | None = None,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        mask: Literal["bits", "seed"] = "bits",
+        name: str = "default",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        op = "FusedLoRALinear"
+        _check_adapter(name, r, alpha, dropout)
+        for argument, value in (("in_features", in_features), ("out_features", out_features)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                bad(op, argument, "an integer >= 1", repr(value))
+        if mask not in ("bits", "seed"):
+            bad(op, "mask", "'bits' or 'seed'", repr(mask))
+        if adapter_dtype is not None and not adapter_dtype.is_floating_point:
+            bad(op, "adapter_dtype", "a floating dtype", adapter_dtype, kind=TypeError)
+        if base is None:
+            super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        else:
+            if tuple(base.shape) != (out_features, in_features) or not base.is_floating_point():
+                got = f"{tuple(base.shape)} in {base.dtype}"
+                bad(op, "base", f"a floating tensor of shape [{out_features}, {in_features}]", got)
+            nn.Module.__init__(self)
+            self.in_features, self.out_features = in_features, out_features
+            self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
+            zeros = torch.zeros(out_features, device=base.device, dtype=base.dtype) if bias else None
+            self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
+        self._init_adapters(mask)
+        self.add_adapter(name, r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora, adapter_dtype=adapter_dtype)
+        self.set_adapter(name)
+
+    def _init_adapters(self, mask: str) -> None:
+        self.weight.requires_grad_(False)
+        if self.bias is not None:
+            self.bias.requires_grad_(False)
+        self.lora_A = nn.ParameterDict()
+        self.lora_B = nn.ParameterDict()
+        self.r: dict[str, int] = {}
+        self.alpha: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.use_rslora: dict[str, bool] = {}
+        self.mask = mask
+        self.active_adapter = ""
+        self.merged: str | None = None
+        self._disabled = 0
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        *,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+        mask: Literal["bits", "seed"] = "bits",
+        name: str = "default",
+    ) -> FusedLoRALinear:
+        """A layer over ``linear``'s own weight and bias parameters (shared, not copied; both are frozen)."""
+        op = "FusedLoRALinear"
+        if isinstance(linear, FusedLoRALinear):
+            bad(op, "linear", "a plain nn.Linear", "a FusedLoRALinear", hint="add_adapter gives it another adapter")
+        if type(linear) is not nn.Linear:
+            bad(op, "linear", "an nn.Linear (no subclass: its own forward would be lost)", type(linear).__name__, kind=TypeError)
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            base=linear.weight,
+            use_rslora=use_rslora,
+            adapter_dtype=adapter_dtype,
+            mask=mask,
+            name=name,
+        )
+        if linear.bias is not None:
+            layer.bias = linear.bias
+            layer.bias.requires_grad_(False)
+        layer.train(linear.training)
+        return layer
+
+    # ------------------------------------------------------------------------------------------------------ adapters
+
+    def add_adapter(
+        self,
+        name: str,
+        *,
+        r: int,
+        alpha: float,
+        dropout: float = 0.0,
+        use_rslora: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Add adapter ``name`` (A as in ``nn.Linear``, B zero, so the output does not change); it is not made active."""
+        _check_adapter(name, r, alpha, dropout)
+        if name in self.lora_A:
+            bad("FusedLoRALinear", "name", f"a name other than {', '.join(self.lora_A)}", repr(name))
+        dtype = adapter_dtype or accumulate_dtype(self.weight.dtype)
+        a = torch.empty(r, self.in_features, device=self.weight.device, dtype=dtype)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        self.lora_A[name] = nn.Parameter(a)
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=self.weight.device, dtype=dtype))
+        self.r[name], self.alpha[name] = r, float(alpha)
+        self.dropout[name], self.use_rslora[name] = float(dropout), bool(use_rslora)
+
+    def set_adapter(self, name: str) -> None:
+        """Make ``name`` the active adapter."""
+        if name not in self.lora_A:
+            bad("FusedLoRALinear", "name", f"one of {', '.join(self.lora_A)}", repr(name))
+        if self.merged is not None and self.merged != name:
+            bad("FusedLoRALinear", "name", f"{self.merged!r}, which is merged", repr(name), hint="unmerge() first")
+        self.active_adapter = name
+
+    def scaling(self, name: str | None = None) -> float:
+        """``alpha / r`` of adapter ``name`` (default: the active one), or ``alpha / sqrt(r)`` for rsLoRA."""
+        name = name or self.active_adapter
+        r = self.r[name]
+        return self.alpha[name] / (math.sqrt(r) if self.use_rslora[name] else r)
+
+    def disabled(self) -> Any:
+        """Context in which the layer computes its base alone (for a reference model's pass), merged or not."""
+        return disabled(self)
+
+    # --------------------------------------------------------------------------------------------------------- merge
+
+    def merge(self) -> None:
+        """``W += scale * B A`` with the active adapter, in fp32 and rounded once; forward then costs one GEMM.
+
+        Refused, with W untouched, where the adapter holds NaN or infinity."""
+        if self.merged is not None:
+            bad("FusedLoRALinear", "merge", "a layer that is not merged", f"{self.merged!r} merged")
+        self._add_to_weight(1.0)
+        self.merged = self.active_adapter
+
+    def unmerge(self) -> None:
+        """Take the merged adapter out of W again: exact in fp64 and fp32 but for one rounding, in 16 bits to within one
+        rounding of the merged weight."""
+        if self.merged is None:
+            bad("FusedLoRALinear", "unmerge", "a merged layer", "a layer that is not merged")
+        self._add_to_weight(-1.0)
+        self.merged = None
+
+    @torch.no_grad()
+    def _add_to_weight(self, sign: float) -> None:
+        name = self.active_adapter
+        dtype = accumulate_dtype(self.weight.dtype)
+        a, b = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
+            bad("FusedLoRALinear", name, "finite adapter weights", "NaN or infinity", hint="the weight is untouched")
+        for start in range(0, self.out_features, MERGE_ROWS):
+            rows = self.weight[start : start + MERGE_ROWS]
+            rows.copy_(torch.addmm(rows.to(dtype), b[start : start + MERGE_ROWS], a, alpha=sign * self.scaling(name)))
+
+    # ------------------------------------------------------------------------------------------------------- forward
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
+        """``[..., in_features]`` to ``[..., out_features]``; see :func:`lowmem.ops.lora_linear`."""
+        name, scale, p, seed = self.active_adapter, 0.0, 0.0, None
+        if self._disabled:
+            if self.merged is None:
+                return F.linear(input, self.weight, self.bias)
+            scale = -self.scaling(name)  # the merged weight less its adapter is the base
+        elif self.merged is not None:
+            return F.linear(input, self.weight, self.bias)
+        else:
+            scale = self.scaling(name)
+            p = self.dropout[name] if self.training else 0.0
+            if p > 0:
+                seed = torch.randint(0, 2**62, (1,), device=input.device)
+        return lora_linear(
+            input,
+            self.weight,
+            self.lora_A[name],
+            self.lora_B[name],
+            scale,
+            bias=self.bias,
+            p=p,
+            seed=seed,
+            save_mask=self.mask == "bits",
+        )
+
+    def extra_repr(self) -> str:
+        """``nn.Linear``'s line and the adapters'."""
+        adapters = ", ".join(
+            f"{name}(r={self.r[name]}, alpha={self.alpha[name]:g}, dropout={self.dropout[name]:g})" for name in self.lora_A
+        )
+        return f"{super().extra_repr()}, active={self.active_adapter}, adapters=[{adapters}]"
+
+    # ---------------------------------------------------------------------------------------------------- state dict
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        metadata = getattr(destination, "_metadata", None)
+        if metadata is not None and self.merged is not None:
+            metadata[prefix[:-1]]["merged"] = self.merged
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        if local_metadata.get("version", self._version) > self._version:
+            error_msgs.append(
+                f"lowmem.FusedLoRALinear: {prefix[:-1] or 'state_dict'}: expected version <= {self._version}, got "
+                f"{local_metadata['version']} (written by a newer lowmem)"
+            )
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+        if prefix + "weight" in state_dict:
+            self.merged = local_metadata.get("merged")
+
+
+def lora_layers(module: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
+    """``(name, layer)`` of every :class:`FusedLoRALinear` in ``module``, itself included."""
+    for name, child in module.named_modules():
+        if isinstance(child, FusedLoRALinear):
+            yield name, child
+
+
+def set_adapter(module: nn.Module, name: str) -> None:
+    """Make adapter ``name`` active in every layer of ``module``; no layer changes unless all have it."""
+    layers = list(lora_layers(module))
+    if not layers or any(name not in layer.lora_A for _, layer in layers):
+        known = sorted(set.intersection(*(set(layer.lora_A) for _, layer in layers))) if layers else []
+        bad("set_adapter", "name", f"an adapter that every layer has ({', '.join(known) or 'none'})", repr(name))
+    for _, layer in layers:
+        layer.set_adapter(name)
+
+
+@contextmanager
+def disabled(module: nn.Module) -> Iterator[nn.Module]:
+    """Context in which every :class:`FusedLoRALinear` in ``module`` computes its base alone, merged or not."""
+    layers = [layer for _, layer in lora_layers(module)]
+    with ExitStack() as undo:
+        for layer in layers:
+            layer._disabled += 1
+            undo.callback(_enable, layer)
+        yield module
+
+
+def _enable(layer: FusedLoRALinear) -> None:
+    layer._disabled -= 1

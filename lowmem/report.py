@@ -1,0 +1,76 @@
+"""``lowmem.backends`` and ``lowmem.report``: what is served by what, and why not by something faster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from . import _dispatch
+from .convert import output_head, why_not
+from .nn.lora import FusedLoRALinear
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of strings under column names; ``str()`` aligns them."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    footer: str = ""
+
+    def __str__(self) -> str:
+        """The table as aligned text."""
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        return f"{text}\n{self.footer}" if self.footer else text
+
+    __repr__ = __str__
+
+
+def backends() -> Table:
+    """Which backend serves each operator on the CPU and on a CUDA device, and why a faster one does not."""
+    return Table(("operator", "device", "backend", "why not more"), tuple(_dispatch.table()))
+
+
+@dataclass(frozen=True)
+class Report(Table):
+    """A :class:`Table` of a model's linear layers, with its totals as numbers."""
+
+    converted: int = 0
+    trainable: int = 0
+    total: int = 0
+
+
+def saved_bytes_per_row(layer: FusedLoRALinear) -> tuple[int, int]:
+    """Bytes that ``layer`` saves for backward per row of its input while training: ``(x, which siblings over the same x
+    share, S and mask)``: ``K * itemsize`` and ``r * itemsize + 4 * ceil(K / 32)`` (the last only with dropout and bits)."""
+    name, item = layer.active_adapter, layer.weight.element_size()
+    bits = 4 * ((layer.in_features + 31) // 32) if layer.dropout[name] > 0 and layer.mask == "bits" else 0
+    return layer.in_features * item, layer.r[name] * item + bits
+
+
+def report(model: nn.Module) -> Report:
+    """A row for every linear layer of ``model``: the adapter, the backend, bytes saved for backward per row of input (``x``,
+    shared by layers over one input, ``+`` what is the layer's own), or why the layer is not converted."""
+    head, rows, converted = output_head(model), [], 0
+    for name, module in model.named_modules():
+        if isinstance(module, FusedLoRALinear):
+            converted += 1
+            backend, reason = _dispatch.serving("lora_shrink", "cuda" if module.weight.is_cuda else "cpu")
+            if module.merged:
+                backend, reason = "torch", f"adapter {module.merged!r} is merged: one GEMM"
+            elif module.weight.dtype == torch.float64 and module.weight.is_cuda:
+                backend, reason = "reference", "float64 is not served on CUDA"
+            adapter = module.active_adapter
+            shared, own = saved_bytes_per_row(module)
+            rows.append((name, f"{adapter} r={module.r[adapter]}", backend, f"{shared}+{own}", reason))
+        elif isinstance(module, nn.Linear):
+            rows.append((name, "-", "torch", "-", why_not(module, head) or "not a target"))
+    parameters = list(model.parameters())
+    trainable = sum(p.numel() for p in parameters if p.requires_grad)
+    total = sum(p.numel() for p in parameters)
+    footer = f"{converted} of {len(rows)} linear layers converted; {trainable:,} of {total:,} parameters train"
+    return Report(("layer", "adapter", "backend", "saved B/row", "why not more"), tuple(rows), footer, converted, trainable, total)
