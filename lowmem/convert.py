@@ -108,7 +108,7 @@ def convert(
                 mask=mask,
                 name=name,
             )
-    model.requires_grad_(False)
+    model.requires_grad_(False)  # the adapters are not in it yet
     for qualified, module in targets.items():
         parent, _, child = qualified.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[id(module)])

@@ -164,25 +164,30 @@ class FusedLoRALinear(nn.Linear):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
-        """Add adapter ``name`` (A as in ``nn.Linear``, B zero, so the output does not change); it is not made active."""
+        """Add adapter ``name`` (A as in ``nn.Linear``, B zero, so the output does not change). It is frozen until
+        :meth:`set_adapter` makes it the active one."""
         _check_adapter(name, r, alpha, dropout)
         if name in self.lora_A:
             bad("FusedLoRALinear", "name", f"a name other than {', '.join(self.lora_A)}", repr(name))
         dtype = adapter_dtype or accumulate_dtype(self.weight.dtype)
         a = torch.empty(r, self.in_features, device=self.weight.device, dtype=dtype)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        self.lora_A[name] = nn.Parameter(a)
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, device=self.weight.device, dtype=dtype))
+        b = torch.zeros(self.out_features, r, device=self.weight.device, dtype=dtype)
+        self.lora_A[name] = nn.Parameter(a, requires_grad=False)
+        self.lora_B[name] = nn.Parameter(b, requires_grad=False)
         self.r[name], self.alpha[name] = r, float(alpha)
         self.dropout[name], self.use_rslora[name] = float(dropout), bool(use_rslora)
 
-    def set_adapter(self, name: str) -> None:
-        """Make ``name`` the active adapter."""
+    def set_adapter(self, name: str, *, trainable: bool = True) -> None:
+        """Make ``name`` the active adapter and freeze the others, as PEFT does; ``trainable=False`` freezes it too."""
         if name not in self.lora_A:
             bad("FusedLoRALinear", "name", f"one of {', '.join(self.lora_A)}", repr(name))
         if self.merged is not None and self.merged != name:
             bad("FusedLoRALinear", "name", f"{self.merged!r}, which is merged", repr(name), hint="unmerge() first")
         self.active_adapter = name
+        for other in self.lora_A:
+            self.lora_A[other].requires_grad_(trainable and other == name)
+            self.lora_B[other].requires_grad_(trainable and other == name)
 
     def scaling(self, name: str | None = None) -> float:
         """``alpha / r`` of adapter ``name`` (default: the active one), or ``alpha / sqrt(r)`` for rsLoRA."""
@@ -297,14 +302,14 @@ def lora_layers(module: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:
             yield name, child
 
 
-def set_adapter(module: nn.Module, name: str) -> None:
-    """Make adapter ``name`` active in every layer of ``module``; no layer changes unless all have it."""
+def set_adapter(module: nn.Module, name: str, *, trainable: bool = True) -> None:
+    """:meth:`FusedLoRALinear.set_adapter` on every layer of ``module``; no layer changes unless all have ``name``."""
     layers = list(lora_layers(module))
     if not layers or any(name not in layer.lora_A for _, layer in layers):
         known = sorted(set.intersection(*(set(layer.lora_A) for _, layer in layers))) if layers else []
         bad("set_adapter", "name", f"an adapter that every layer has ({', '.join(known) or 'none'})", repr(name))
     for _, layer in layers:
-        layer.set_adapter(name)
+        layer.set_adapter(name, trainable=trainable)
 
 
 @contextmanager
