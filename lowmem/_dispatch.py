@@ -123,8 +123,9 @@ def define(
     ``fake`` gives output shapes, ``reference`` is the plain-torch kernel of every device. ``cpp`` names the libraries
     whose sources hold an IMPL block for it: ``"cpu"`` (``lowmem/_C``) and ``"cuda"`` (``lowmem/_C_cuda``, which registers
     ``lowmem_c::<name>`` for a launcher to choose from). ``cpu`` and ``cuda`` are Python kernels for those devices, over
-    other operators or Triton; they are registered only where what they need has loaded. The operator has no derivative
-    of its own: differentiating through it raises, instead of torch's silent zero.
+    other operators or Triton; the first is left out for ``LOWMEM_BACKEND=reference``, the second also where neither
+    Triton nor ``lowmem/_C_cuda`` can serve. The operator has no derivative of its own: differentiating through it
+    raises, instead of torch's silent zero.
     """
     qual = f"lowmem::{name}"
     torch.library.define(qual, schema)
@@ -134,7 +135,7 @@ def define(
     if "cuda" in cpp:
         torch.library.define(f"lowmem_c::{name}", schema)
         torch.library.register_fake(f"lowmem_c::{name}")(fake)
-    if cpu is not None and CPU.loaded:
+    if cpu is not None and REQUESTED != "reference":
         torch.library.register_kernel(qual, "cpu")(cpu)
         operator.launchers["cpu"] = cpu.__name__
     if cuda is not None and (CUDA.loaded or not TRITON_WHY_NOT):
@@ -163,15 +164,17 @@ def serving(name: str, device: str) -> tuple[str, str]:
     faster one does not, or ''."""
     operator = OPERATORS[name]
     if device == "cpu":
-        if "cpu" in operator.cpp or operator.launchers.get("cpu"):
-            return ("C++ (lowmem/_C)", "") if CPU.loaded else ("reference", CPU.why_not)
-        return "reference", "no C++ kernel: torch itself is the fast path"
-    if "cuda" in operator.launchers:
-        parts = [("Triton", TRITON_WHY_NOT)] + ([("CUDA C++", CUDA.why_not)] if "cuda" in operator.cpp else [])
-        on = [part for part, why in parts if not why]
-        off = [f"{part}: {why}" for part, why in parts if why]
-        return " + ".join(on) or "reference", "; ".join(off)
-    return "reference", TRITON_WHY_NOT or CUDA.why_not
+        if "cpu" in operator.launchers:
+            return "torch GEMM, composed", ""
+        return ("C++", "") if CPU.loaded else ("reference", CPU.why_not)
+    if not torch.cuda.is_available():
+        return "none", f"torch {torch.__version__} sees no such device"
+    if "cuda" not in operator.launchers:
+        return "reference", TRITON_WHY_NOT or CUDA.why_not
+    parts = [("Triton", TRITON_WHY_NOT)] + ([("CUDA C++", CUDA.why_not)] if "cuda" in operator.cpp else [])
+    on = [part for part, why in parts if not why]
+    off = [f"{part}: {why}" for part, why in parts if why]
+    return " + ".join(on), "; ".join(off)
 
 
 def table() -> list[tuple[str, str, str, str]]:
