@@ -1,8 +1,8 @@
 """What this package's tests are built from, and what a new kernel's tests should use: the error rule, awkward layouts,
 poisoned memory, huge offsets and the count of bytes saved for backward.
 
-The error rule. ``exact`` is the reference run in float64 on the same inputs, ``lowprec`` the same reference run by torch
-in the dtype under test. A kernel passes where::
+The error rule. ``exact`` is the reference run in float64 on the same inputs, ``lowprec`` the same reference run by
+torch in the dtype under test. A kernel passes where::
 
     max|actual - exact|  <=  2 * max|lowprec - exact| + tiny
 
@@ -11,10 +11,11 @@ never chosen by hand::
 
     tiny = eps(dtype) * max(|exact|, |rounded_1|, ...)  +  eps(accumulator) * max(terms)
 
-The first term is one rounding of the result to ``dtype`` (and of each intermediate value that the operator is documented
-to round on its way: ``rounded``). The second is one rounding per unit of ``terms``, the same formula evaluated on the
-inputs' absolute values, which bounds every partial sum in any order of summation; it is what separates a legitimate
-reordering from an error where terms cancel. The accumulator is fp32 for 16-bit floats and the dtype itself otherwise.
+The first term is one rounding of the result to ``dtype`` (and of each intermediate value that the operator is
+documented to round on its way: ``rounded``). The second is one rounding per unit of ``terms``, the same formula
+evaluated on the inputs' absolute values, which bounds every partial sum in any order of summation; it is what separates
+a legitimate reordering from an error where terms cancel. The accumulator is fp32 for 16-bit floats and the dtype itself
+otherwise.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def _map(value: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 
 def to64(*values: Any) -> Any:
-    """The same values with every floating tensor (also inside tuples and lists) as float64; one value comes back alone."""
+    """The same values, every floating tensor (also inside tuples and lists) as float64; one value comes back alone."""
     out = tuple(_map(v, lambda t: t.detach().double() if t.is_floating_point() else t) for v in values)
     return out[0] if len(out) == 1 else out
 
@@ -119,22 +120,24 @@ def tiny(exact: Tensor, dtype: torch.dtype, *, terms: Tensor | None = None, roun
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
-    """``max|actual - exact|`` over the places where both are finite; 0 for empty tensors, inf where only one is finite or
-    the two differ in which infinity or NaN they hold."""
+    """``max|actual - exact|`` over the places where both are finite; 0 for empty tensors, inf where only one is finite
+    or the two differ in which infinity or NaN they hold."""
     a, e = actual.detach().double().cpu(), exact.detach().double().cpu()
     same = (a == e) | (a.isnan() & e.isnan())
     diff = torch.where(same, 0.0, (a - e).abs()).nan_to_num(nan=math.inf, posinf=math.inf)
     return float(diff.max()) if diff.numel() else 0.0
 
 
-def error_bound(exact: Tensor, lowprec: Tensor, *, terms: Tensor | None = None, rounded: Iterable[Tensor] = ()) -> float:
-    """``2 * max|lowprec - exact| + tiny``. Raises ValueError where torch's own low-precision result is not finite but the
-    exact one is: such inputs would let anything pass."""
+def error_bound(
+    exact: Tensor, lowprec: Tensor, *, terms: Tensor | None = None, rounded: Iterable[Tensor] = ()
+) -> float:
+    """``2 * max|lowprec - exact| + tiny``. Raises ValueError where torch's own low-precision result is not finite but
+    the exact one is: such inputs would let anything pass."""
     torch_error = max_error(lowprec, exact)
     if not math.isfinite(torch_error):
         raise ValueError(
-            f"error_bound: torch's own result in {lowprec.dtype} overflows or loses a NaN where the exact one does not; "
-            "the inputs cannot judge a kernel"
+            f"lowmem.error_bound: lowprec: expected finite values where exact is finite, got others (torch overflows "
+            f"in {lowprec.dtype} on these inputs, which therefore cannot judge a kernel)"
         )
     return 2.0 * torch_error + tiny(exact, lowprec.dtype, terms=terms, rounded=rounded)
 
@@ -152,7 +155,8 @@ def assert_close_to_reference(
     same places, and an error within :func:`error_bound`. The message gives both errors and the worst element."""
     if actual.shape != lowprec.shape or actual.dtype != lowprec.dtype or actual.shape != exact.shape:
         raise AssertionError(
-            f"{what}: expected shape {tuple(lowprec.shape)} in {lowprec.dtype}, got {tuple(actual.shape)} in {actual.dtype}"
+            f"{what}: expected shape {tuple(lowprec.shape)} in {lowprec.dtype}, "
+            f"got {tuple(actual.shape)} in {actual.dtype}"
         )
     bound = error_bound(exact, lowprec, terms=terms, rounded=rounded)
     error = max_error(actual, exact)
@@ -164,8 +168,9 @@ def assert_close_to_reference(
     flat = int(diff.flatten().argmax())
     raise AssertionError(
         f"{what}: error {error:.4g} exceeds the bound {bound:.4g} (torch's own error in {lowprec.dtype}: "
-        f"{max_error(lowprec, exact):.4g}); {int((diff > bound).sum())} of {diff.numel()} elements, worst at flat index {flat} "
-        f"of shape {tuple(a.shape)}: got {float(a.flatten()[flat]):.9g}, exact {float(e.flatten()[flat]):.9g}"
+        f"{max_error(lowprec, exact):.4g}); {int((diff > bound).sum())} of {diff.numel()} elements, worst at flat "
+        f"index {flat} of shape {tuple(a.shape)}: got {float(a.flatten()[flat]):.9g}, "
+        f"exact {float(e.flatten()[flat]):.9g}"
     )
 
 
@@ -198,22 +203,26 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "unaligned": _unaligned,
     "expanded": lambda t: t[:1].expand_as(t),
 }
-"""Ways for a 2-D float tensor to lie in memory. Each returns equal values ("expanded": row 0 repeated by stride 0), with NaN
-in the gaps: a kernel that reads beside its view shows it."""
+"""Ways for a 2-D float tensor to lie in memory. Each returns equal values ("expanded": row 0 repeated by stride 0),
+with NaN in the gaps: a kernel that reads beside its view shows it."""
 
 
-def huge_view(rows: int, cols: int, dtype: torch.dtype, device: str | torch.device = "cpu", *, span: int = 2**31) -> Tensor:
-    """Zeros ``[rows, cols]`` whose last row starts at least ``span`` elements behind the first (``rows >= 2``): offsets that
-    a 32-bit integer cannot hold. On the CPU the memory between the rows is reserved address space that is never touched,
-    so only the rows cost anything; a GPU allocates it."""
+def huge_view(
+    rows: int, cols: int, dtype: torch.dtype, device: str | torch.device = "cpu", *, span: int = 2**31
+) -> Tensor:
+    """Zeros ``[rows, cols]`` whose last row starts at least ``span`` elements behind the first (``rows >= 2``): offsets
+    that a 32-bit integer cannot hold. On the CPU the memory between the rows is reserved address space that is never
+    touched, so only the rows cost anything; a GPU allocates it."""
     if rows < 2 or cols < 1:
         raise ValueError(f"lowmem.huge_view: rows, cols: expected rows >= 2 and cols >= 1, got {rows} and {cols}")
     stride = max(-(-span // (rows - 1)), cols)
     count = (rows - 1) * stride + cols
     if torch.device(device).type == "cpu":
         size = count * dtype.itemsize
-        private = getattr(mmap, "MAP_PRIVATE", 0) | getattr(mmap, "MAP_ANONYMOUS", 0) | getattr(mmap, "MAP_NORESERVE", 0)
-        flat = torch.frombuffer(mmap.mmap(-1, size, flags=private) if private else mmap.mmap(-1, size), dtype=dtype)
+        flags = 0
+        for name in ("MAP_PRIVATE", "MAP_ANONYMOUS", "MAP_NORESERVE"):  # absent on Windows
+            flags |= getattr(mmap, name, 0)
+        flat = torch.frombuffer(mmap.mmap(-1, size, flags=flags) if flags else mmap.mmap(-1, size), dtype=dtype)
         return flat.as_strided((rows, cols), (stride, 1))
     view = torch.empty_strided((count,), (1,), dtype=dtype, device=device).as_strided((rows, cols), (stride, 1))
     return view.zero_()
@@ -221,11 +230,12 @@ def huge_view(rows: int, cols: int, dtype: torch.dtype, device: str | torch.devi
 
 @contextlib.contextmanager
 def poison_empties() -> Iterator[None]:
-    """Inside, every uninitialised tensor (``torch.empty``, ``new_empty``, outputs that C++ kernels allocate) holds NaN, or
-    the largest value of an integer dtype: an element that a kernel forgets to write shows.
+    """Inside, every uninitialised tensor (``torch.empty``, ``new_empty``, outputs that C++ kernels allocate) holds NaN,
+    or the largest value of an integer dtype: an element that a kernel forgets to write shows.
 
-    It is torch's own switch for that (``torch.utils.deterministic.fill_uninitialized_memory``), which acts below Python; it
-    comes with deterministic algorithms, here in their warn-only form. The former settings return at the end."""
+    It is torch's own switch for that (``torch.utils.deterministic.fill_uninitialized_memory``), which acts below
+    Python; it comes with deterministic algorithms, here in their warn-only form. The former settings
+    return at the end."""
     enabled, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -242,7 +252,7 @@ def poison_empties() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Saved:
-    """One storage that autograd keeps for backward: the shape and dtype under which it was first saved, and its size."""
+    """One storage that autograd keeps for backward: shape and dtype under which it was first saved, and its size."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -265,7 +275,7 @@ def saved_for_backward(fn: Callable[[], Any], *, exclude: Any = ()) -> list[Save
 
     Two views of one storage count once, at the whole storage's size, because that is what stays allocated. Parameters
     (``nn.Parameter``, trainable or frozen, and views of them) do not count, nor does what shares a storage with
-    ``exclude``: a tensor, a module (its parameters and buffers) or an iterable of these. The graph is dropped at the end."""
+    ``exclude``: a tensor, a module (its parameters and buffers) or an iterable of these. The graph is dropped."""
     left_out = {t.untyped_storage()._cdata for t in _tensors(exclude)}
     kept: dict[int, tuple[Tensor, Saved]] = {}  # the tensors stay alive until the end, so no storage is reused
 
