@@ -1,0 +1,114 @@
+"""Tile sizes of the ``lora`` kernels, as data: one entry per kernel, architecture and rank block.
+
+Nothing is tuned at run time. Registers, spills and shared memory of every entry are kept in bounds by
+``tests/test_compile_targets.py``; which of the entries that fit is fastest has to be measured on each GPU.
+"""
+
+from __future__ import annotations
+
+ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+"""Architectures with entries. sm_86 stands for every GPU with 99 KB of shared memory (8.6, 8.9, 12.x)."""
+
+SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
+"""Bytes of shared memory that one block may take."""
+
+# name: (BM, BN or BK of the tile's columns, depth of the reduction or 0, warps, stages)
+Tile = tuple[int, int, int, int, int]
+
+_DROP = "shrink"  # x goes through registers (dropout): loads are not staged
+_PLAIN = "shrink_plain"
+
+# kernel -> architecture -> largest rank block -> tile
+TILES: dict[str, dict[str, dict[int, Tile]]] = {
+    _DROP: {
+        "sm_80": {16: (64, 64, 0, 4, 1), 64: (128, 64, 0, 8, 1), 128: (128, 64, 0, 8, 1)},
+        "sm_86": {16: (64, 64, 0, 4, 1), 64: (128, 64, 0, 8, 1), 128: (128, 64, 0, 8, 1)},
+        "sm_90": {16: (64, 64, 0, 4, 1), 64: (128, 64, 0, 8, 1), 128: (128, 64, 0, 8, 1)},
+        "sm_100": {16: (64, 64, 0, 4, 1), 64: (128, 64, 0, 8, 1), 128: (128, 64, 0, 8, 1)},
+        "gfx942": {16: (64, 64, 0, 4, 1), 64: (128, 64, 0, 8, 1), 128: (128, 64, 0, 8, 1)},
+    },
+    _PLAIN: {
+        "sm_80": {16: (64, 128, 0, 4, 3), 64: (64, 128, 0, 4, 3), 128: (128, 64, 0, 8, 3)},
+        "sm_86": {16: (64, 128, 0, 4, 3), 64: (64, 64, 0, 4, 3), 128: (64, 64, 0, 4, 3)},
+        "sm_90": {16: (64, 128, 0, 4, 4), 64: (64, 128, 0, 4, 3), 128: (128, 64, 0, 8, 4)},
+        "sm_100": {16: (64, 128, 0, 4, 4), 64: (64, 128, 0, 4, 3), 128: (128, 64, 0, 8, 4)},
+        "gfx942": {16: (64, 64, 0, 4, 2), 64: (64, 64, 0, 4, 2), 128: (128, 64, 0, 8, 2)},
+    },
+    "dy": {
+        "sm_80": {16: (64, 256, 0, 8, 3), 32: (64, 256, 0, 8, 3), 64: (64, 128, 0, 8, 3)},
+        "sm_86": {16: (32, 256, 0, 8, 3), 32: (32, 256, 0, 8, 3), 64: (32, 128, 0, 4, 3)},
+        "sm_90": {16: (64, 512, 0, 8, 2), 32: (64, 256, 0, 8, 3), 64: (64, 256, 0, 8, 3)},
+        "sm_100": {16: (128, 256, 0, 8, 2), 32: (128, 256, 0, 8, 2), 64: (128, 128, 0, 8, 2)},
+        "gfx942": {16: (32, 256, 0, 8, 1), 32: (32, 256, 0, 8, 1), 64: (32, 128, 0, 8, 1)},
+    },
+    "da": {
+        "sm_80": {16: (64, 64, 0, 4, 1), 64: (64, 64, 0, 4, 1)},
+        "sm_86": {16: (64, 64, 0, 4, 1), 64: (64, 64, 0, 4, 1)},
+        "sm_90": {16: (64, 128, 0, 4, 1), 64: (64, 128, 0, 4, 1)},
+        "sm_100": {16: (64, 128, 0, 4, 1), 64: (64, 128, 0, 4, 1)},
+        "gfx942": {16: (64, 64, 0, 4, 1), 64: (64, 64, 0, 4, 1)},
+    },
+    "masked_expand": {
+        arch: {16: (64, 128, 0, 4, 1), 64: (64, 128, 0, 8, 1)} for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+    },
+    "expand": {
+        "sm_80": {64: (128, 128, 64, 8, 3)},
+        "sm_86": {64: (128, 128, 32, 8, 3)},
+        "sm_90": {64: (128, 256, 64, 8, 3)},
+        "sm_100": {64: (128, 256, 64, 8, 3)},
+        "gfx942": {64: (128, 128, 64, 8, 2)},
+    },
+    "dx": {
+        "sm_80": {64: (128, 128, 64, 8, 3)},
+        "sm_86": {64: (128, 128, 32, 8, 3)},
+        "sm_90": {64: (128, 256, 64, 8, 3)},
+        "sm_100": {64: (128, 256, 64, 8, 3)},
+        "gfx942": {64: (128, 128, 64, 8, 2)},
+    },
+}
+
+# fp32 dots run without tensor cores (full precision): small tiles, registers bound them
+FP32_TILES: dict[str, Tile] = {
+    "shrink": (32, 64, 0, 4, 1),
+    "shrink_plain": (32, 64, 0, 4, 1),
+    "dy": (32, 64, 0, 4, 1),
+    "da": (32, 64, 0, 4, 1),
+    "masked_expand": (32, 64, 0, 4, 1),
+}
+FP32_RANK_BLOCK = 32
+
+# the interpreter takes milliseconds a program and has no limits: tiles small enough that small shapes need several
+INTERPRETER_TILE: Tile = (16, 32, 32, 4, 1)
+INTERPRETER_RANK_BLOCK = 64
+
+GROUP_ROWS = 8
+"""Row tiles of a GEMM that run next to each other, so that they meet their columns in L2."""
+
+
+def architecture(major: int, minor: int, hip: str = "") -> str | None:
+    """The entry that serves a GPU: CUDA capability ``major.minor``, or AMD's ``gfx...`` name; None: no entry."""
+    if hip:
+        return "gfx942" if hip.split(":")[0] in ("gfx90a", "gfx942", "gfx950") else None
+    if major >= 12 or (major == 8 and minor in (6, 7, 9)):
+        return "sm_86"
+    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major)
+
+
+def rank_block(kernel: str, arch: str, rank: int, itemsize: int) -> int:
+    """Ranks that one tile takes: the power of two from 16 that holds ``rank``, up to the largest entry."""
+    need = max(16, 1 << (rank - 1).bit_length())
+    if arch == "interpreter":
+        return min(need, INTERPRETER_RANK_BLOCK)
+    if itemsize == 4:
+        return min(need, FP32_RANK_BLOCK)
+    return min(need, max(TILES[kernel][arch]))
+
+
+def tile(kernel: str, arch: str, block: int, itemsize: int) -> Tile:
+    """``(BM, BN, BK, warps, stages)`` of ``kernel`` for a rank block."""
+    if arch == "interpreter":
+        return INTERPRETER_TILE
+    if itemsize == 4:
+        return FP32_TILES[kernel]
+    entries = TILES[kernel][arch]
+    return entries[min(size for size in entries if size >= block)]

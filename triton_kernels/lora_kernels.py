@@ -1,0 +1,305 @@
+"""The memory-bound kernels of the ``lora`` family: shrink, the dY pass, dA, the masked expand, and the ordered reduce.
+
+Conventions: rows have a stride, columns are contiguous; row indices are 64-bit before they meet a stride; a tile's
+tail is filled with zeros, never with memory beside the view. ``KEEP`` says where a dropout mask comes from: 0 there is
+none, 1 packed bits, 2 drawn from the seed. No sum uses atomics: a kernel whose reduction is split writes one partial
+result per part, and :func:`reduce_kernel` adds them in order, so that every run gives the same bits.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .philox import (
+    byte_pairs,
+    gather_byte,
+    halves,
+    keep_byte,
+    kept,
+    load_key,
+    pair_masks,
+    spread,
+    threshold_parts,
+    words,
+)
+
+
+@triton.jit
+def load_rank_rows(ptr, rank, stride, r0, R, columns, COLS, dtype: tl.constexpr, BR: tl.constexpr):
+    """``[BR, columns]`` of a matrix ``[R, COLS]`` from row ``r0``, zero beyond it, in ``dtype``."""
+    rows = r0 + tl.arange(0, BR)
+    ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
+    return tl.load(ptrs, mask=(rows[:, None] < R) & (columns[None, :] < COLS), other=0.0).to(dtype)
+
+
+@triton.jit
+def load_tile(ptr, rows, stride, ROWS, columns, COLS, EVEN: tl.constexpr):
+    """``[rows, columns]`` of a matrix ``[ROWS, COLS]``, zero beyond it. ``EVEN``: no column lies beyond."""
+    ptrs = ptr + rows[:, None] * stride + columns[None, :]
+    if EVEN:
+        return tl.load(ptrs, mask=rows[:, None] < ROWS, other=0.0)
+    else:
+        return tl.load(ptrs, mask=(rows[:, None] < ROWS) & (columns[None, :] < COLS), other=0.0)
+
+
+@triton.jit
+def load_keep_byte(
+    KEEP: tl.constexpr, mask_ptr, stride_mask, key0, key1, rows, ROWS, blocks, COLS, child, low, top, EVEN: tl.constexpr
+):
+    """Keep bytes ``[rows, blocks]`` of a mask ``[ROWS, COLS]``, from its packed bits or drawn again."""
+    if KEEP == 1:
+        inside = rows[:, None] < ROWS
+        if not EVEN:
+            inside = inside & (blocks[None, :] * 8 < COLS)
+        return tl.load(mask_ptr + rows[:, None] * stride_mask + blocks[None, :], mask=inside, other=0).to(tl.uint32)
+    else:
+        return keep_byte(key0, key1, rows.to(tl.uint32)[:, None], blocks.to(tl.uint32)[None, :], child, low, top)
+
+
+@triton.jit(do_not_specialize=["threshold", "child", "scale"])
+def shrink_kernel(
+    x_ptr,  # [M, K]
+    a_ptr,  # [R, K]
+    out_ptr,  # [parts, M, R]
+    bits_ptr,  # uint8 [M, stride_bits]
+    seed_ptr,  # int64 [1]
+    M,
+    K,
+    R,
+    stride_x,
+    stride_a,
+    stride_bits,
+    chunk,  # columns of one part, a multiple of BK
+    scale,
+    threshold,
+    child,
+    DROP: tl.constexpr,
+    SAVE: tl.constexpr,  # write the packed keep bits
+    PAIRS: tl.constexpr,  # x is 16-bit, K even and rows 4-byte aligned: masked two elements at a time
+    EVEN: tl.constexpr,  # BK divides K
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """``out[part] = scale * drop(x)[:, part] a[:, part]^T``, and the keep bits. Grid: (row tiles, parts, rank tiles)."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    part = tl.program_id(1)
+    r0 = tl.program_id(2) * BR
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if DROP:
+        low, top = threshold_parts(threshold.to(tl.uint32))
+        key0, key1 = load_key(seed_ptr)
+        child = child.to(tl.uint32)
+    acc = tl.zeros([BM, BR], tl.float32)
+    start = part * chunk
+    for k in range(start, tl.minimum(start + chunk, K), BK):
+        column = k + tl.arange(0, BK)
+        a = load_rank_rows(a_ptr, R, stride_a, r0, R, column, K, dtype, BR)
+        if DROP:
+            block = k // 8 + tl.arange(0, BK // 8)
+            w0, w1, w2, w3 = words(key0, key1, row.to(tl.uint32)[:, None], block.to(tl.uint32)[None, :], child)
+            w0, w1, w2, w3 = kept(w0, low, top), kept(w1, low, top), kept(w2, low, top), kept(w3, low, top)
+            if SAVE or not PAIRS:
+                byte = gather_byte(w0, w1, w2, w3)
+            if PAIRS:
+                pair = k // 2 + tl.arange(0, BK // 2)
+                words_ptr = x_ptr.to(tl.pointer_type(tl.uint32))
+                x2 = load_tile(words_ptr, row, stride_x // 2, M, pair, K // 2, EVEN)
+                x = halves(x2 & pair_masks(w0, w1, w2, w3, BM, BK // 2), BM, BK, dtype)
+            else:
+                x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
+                x = tl.where(spread(byte, BM, BK) != 0, x, 0.0)
+            if SAVE:
+                if not EVEN:  # bits beyond K are zero
+                    byte = byte & ((1 << tl.minimum(tl.maximum(K - block * 8, 0), 8)) - 1).to(tl.uint32)[None, :]
+                inside = (row[:, None] < M) & (block[None, :] < stride_bits)
+                if r0 == 0:
+                    tl.store(bits_ptr + row[:, None] * stride_bits + block[None, :], byte.to(tl.uint8), mask=inside)
+        else:
+            x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
+        acc = tl.dot(x, tl.trans(a), acc, input_precision=PRECISION)
+    rank = r0 + tl.arange(0, BR)
+    ptrs = out_ptr + (part.to(tl.int64) * M + row[:, None]) * R + rank[None, :]
+    tl.store(ptrs, (acc * scale).to(out_ptr.dtype.element_ty), mask=(row[:, None] < M) & (rank[None, :] < R))
+
+
+@triton.jit(do_not_specialize=["scale"])
+def dy_kernel(
+    dy_ptr,  # [M, N]
+    b_ptr,  # [N, R]
+    s_ptr,  # [M, R]
+    ds_ptr,  # [column tiles, M, R]
+    db_ptr,  # [parts, N, R]
+    M,
+    N,
+    R,
+    stride_dy,
+    stride_b,
+    stride_s,
+    chunk,  # rows of one part, a multiple of BM
+    scale,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """One read of dy for both ``ds[column tile] = scale * dy b`` and ``db[part] = dy^T s``.
+
+    Grid: (column tiles, parts of the rows, rank tiles). A program owns BN columns of dy over its rows: the gradient
+    of its rows of b stays in registers, and each row tile's share of ds leaves at once.
+    """
+    part = tl.program_id(1)
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    rank = tl.program_id(2) * BR + tl.arange(0, BR)
+    dtype: tl.constexpr = dy_ptr.dtype.element_ty
+    in_b = (column[:, None] < N) & (rank[None, :] < R)
+    wide = column.to(tl.int64)[:, None]
+    b = tl.load(b_ptr + wide * stride_b + rank[None, :], mask=in_b, other=0.0).to(dtype)
+    ds_ptr += tl.program_id(0).to(tl.int64) * M * R
+    acc = tl.zeros([BN, BR], tl.float32)
+    start = part * chunk
+    for m in range(start, tl.minimum(start + chunk, M), BM):
+        row = m + tl.arange(0, BM).to(tl.int64)
+        in_s = (row[:, None] < M) & (rank[None, :] < R)
+        dy = load_tile(dy_ptr, row, stride_dy, M, column, N, EVEN)
+        s = tl.load(s_ptr + row[:, None] * stride_s + rank[None, :], mask=in_s, other=0.0)
+        ds = tl.dot(dy, b, input_precision=PRECISION) * scale
+        tl.store(ds_ptr + row[:, None] * R + rank[None, :], ds.to(ds_ptr.dtype.element_ty), mask=in_s)
+        acc = tl.dot(tl.trans(dy), s, acc, input_precision=PRECISION)
+    tl.store(db_ptr + (part.to(tl.int64) * N + wide) * R + rank[None, :], acc, mask=in_b)
+
+
+@triton.jit(do_not_specialize=["threshold", "child", "scale"])
+def da_kernel(
+    ds_ptr,  # [M, R]
+    x_ptr,  # [M, K]
+    mask_ptr,  # uint8 [M, stride_mask]
+    seed_ptr,  # int64 [1]
+    out_ptr,  # fp32 [parts, R, K]
+    M,
+    K,
+    R,
+    stride_ds,
+    stride_x,
+    stride_mask,
+    chunk,  # rows of one part, a multiple of BM
+    scale,
+    threshold,
+    child,
+    KEEP: tl.constexpr,
+    PAIRS: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """``out[part] = scale * ds^T drop(x)`` over the part's rows. Grid: (column tiles, parts, rank tiles)."""
+    k = tl.program_id(0) * BK
+    part = tl.program_id(1)
+    rank = tl.program_id(2) * BR + tl.arange(0, BR)
+    column = k + tl.arange(0, BK)
+    block = k // 8 + tl.arange(0, BK // 8)
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    key0 = 0
+    key1 = 0
+    low = 0
+    top = 0
+    if KEEP == 2:
+        low, top = threshold_parts(threshold.to(tl.uint32))
+        key0, key1 = load_key(seed_ptr)
+    child = child.to(tl.uint32)
+    acc = tl.zeros([BK, BR], tl.float32)
+    start = part * chunk
+    for m in range(start, tl.minimum(start + chunk, M), BM):
+        row = m + tl.arange(0, BM).to(tl.int64)
+        in_ds = (row[:, None] < M) & (rank[None, :] < R)
+        ds = tl.load(ds_ptr + row[:, None] * stride_ds + rank[None, :], mask=in_ds, other=0.0)
+        if KEEP == 0:
+            x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
+        else:
+            byte = load_keep_byte(
+                KEEP, mask_ptr, stride_mask, key0, key1, row, M, block, K, child, low, top, EVEN
+            )  # fmt: skip
+            if PAIRS:
+                pair = k // 2 + tl.arange(0, BK // 2)
+                words_ptr = x_ptr.to(tl.pointer_type(tl.uint32))
+                x2 = load_tile(words_ptr, row, stride_x // 2, M, pair, K // 2, EVEN)
+                x = halves(x2 & byte_pairs(byte, BM, BK // 2), BM, BK, dtype)
+            else:
+                x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
+                x = tl.where(spread(byte, BM, BK) != 0, x, 0.0)
+        acc = tl.dot(tl.trans(x), ds, acc, input_precision=PRECISION)
+    ptrs = out_ptr + (part.to(tl.int64) * R + rank[None, :]) * K + column[:, None]
+    tl.store(ptrs, acc * scale, mask=(column[:, None] < K) & (rank[None, :] < R))
+
+
+@triton.jit(do_not_specialize=["threshold", "child", "scale"])
+def masked_expand_kernel(
+    out_ptr,  # [M, K], written
+    ds_ptr,  # [M, R]
+    a_ptr,  # [R, K]
+    mask_ptr,  # uint8 [M, stride_mask]
+    seed_ptr,  # int64 [1]
+    M,
+    K,
+    R,
+    stride_out,
+    stride_ds,
+    stride_a,
+    stride_mask,
+    scale,
+    threshold,
+    child,
+    KEEP: tl.constexpr,
+    ACCUMULATE: tl.constexpr,
+    EVEN: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BM: tl.constexpr,
+    BK: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """``out = ACCUMULATE * out + mask * (ds a) * scale``. Grid: (row tiles, column tiles)."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    k = tl.program_id(1) * BK
+    column = k + tl.arange(0, BK)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    acc = tl.zeros([BM, BK], tl.float32)
+    for r0 in range(0, R, BR):
+        rank = r0 + tl.arange(0, BR)
+        in_ds = (row[:, None] < M) & (rank[None, :] < R)
+        ds = tl.load(ds_ptr + row[:, None] * stride_ds + rank[None, :], mask=in_ds, other=0.0)
+        a = load_rank_rows(a_ptr, R, stride_a, r0, R, column, K, dtype, BR)
+        acc = tl.dot(ds, a, acc, input_precision=PRECISION)
+    acc *= scale
+    if KEEP != 0:
+        key0 = 0
+        key1 = 0
+        low = 0
+        top = 0
+        if KEEP == 2:
+            low, top = threshold_parts(threshold.to(tl.uint32))
+            key0, key1 = load_key(seed_ptr)
+        block = k // 8 + tl.arange(0, BK // 8)
+        byte = load_keep_byte(
+            KEEP, mask_ptr, stride_mask, key0, key1, row, M, block, K, child.to(tl.uint32), low, top, EVEN
+        )  # fmt: skip
+        acc = tl.where(spread(byte, BM, BK) != 0, acc, 0.0)
+    ptrs = out_ptr + row[:, None] * stride_out + column[None, :]
+    inside = (row[:, None] < M) & (column[None, :] < K)
+    if ACCUMULATE:
+        acc += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(ptrs, acc.to(dtype), mask=inside)
+
+
+@triton.jit
+def reduce_kernel(parts_ptr, out_ptr, size, parts, scale, BLOCK: tl.constexpr):
+    """``out = scale * (parts[0] + parts[1] + ...)``, elementwise and in this order; each part holds ``size`` values."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for part in range(0, parts):
+        acc += tl.load(parts_ptr + part.to(tl.int64) * size + index, mask=index < size, other=0.0)
+    tl.store(out_ptr + index, (acc * scale).to(out_ptr.dtype.element_ty), mask=index < size)
