@@ -15,7 +15,8 @@ The first term is one rounding of the result to ``dtype`` (and of each intermedi
 documented to round on its way: ``rounded``). The second is one rounding per unit of ``terms``, the same formula
 evaluated on the inputs' absolute values, which bounds every partial sum in any order of summation; it is what separates
 a legitimate reordering from an error where terms cancel. The accumulator is fp32 for 16-bit floats and the dtype itself
-otherwise.
+otherwise. In float64 the reference is no more exact than what it judges, so torch's error cannot be measured: ``tiny``
+stands for it, and the bound is ``3 * tiny``.
 """
 
 from __future__ import annotations
@@ -131,15 +132,16 @@ def max_error(actual: Tensor, exact: Tensor) -> float:
 def error_bound(
     exact: Tensor, lowprec: Tensor, *, terms: Tensor | None = None, rounded: Iterable[Tensor] = ()
 ) -> float:
-    """``2 * max|lowprec - exact| + tiny``. Raises ValueError where torch's own low-precision result is not finite but
-    the exact one is: such inputs would let anything pass."""
+    """``2 * max|lowprec - exact| + tiny``, in float64 at least ``3 * tiny``. Raises ValueError where torch's own
+    low-precision result is not finite but the exact one is: such inputs would let anything pass."""
     torch_error = max_error(lowprec, exact)
     if not math.isfinite(torch_error):
         raise ValueError(
             f"lowmem.error_bound: lowprec: expected finite values where exact is finite, got others (torch overflows "
             f"in {lowprec.dtype} on these inputs, which therefore cannot judge a kernel)"
         )
-    return 2.0 * torch_error + tiny(exact, lowprec.dtype, terms=terms, rounded=rounded)
+    least = tiny(exact, lowprec.dtype, terms=terms, rounded=rounded)
+    return 2.0 * (max(torch_error, least) if lowprec.dtype == torch.float64 else torch_error) + least
 
 
 def assert_close_to_reference(
