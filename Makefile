@@ -19,7 +19,7 @@ digest = $(shell cat $(1) 2>/dev/null | sha256sum | cut -c1-16)
 DEPS := $(VENV)/.stamps/deps-$(call digest,constraints.txt requirements.txt)
 LINK := $(VENV)/.stamps/link-$(call digest,pyproject.toml setup.py)
 CSRC := $(shell find csrc -name _template -prune -o -type f -print | LC_ALL=C sort)
-LIBS := $(VENV)/.stamps/libs-$(shell { cat setup.py $(CSRC); echo $(foreach v,$(BUILD_FLAGS),$(v)=$($(v))); ls $(DEPS) 2>&1; } | sha256sum | cut -c1-16)
+LIBS := $(VENV)/.stamps/libs-$(shell { cat setup.py $(CSRC); echo $(foreach v,$(BUILD_FLAGS),$(v)=$($(v))); echo $(DEPS); } | sha256sum | cut -c1-16)
 
 say = @echo "== $(1)"
 
@@ -30,13 +30,14 @@ help: ## this list
 
 # ------------------------------------------------------------------------------------------------------------- set-up
 
-$(DEPS): constraints.txt requirements.txt
+$(DEPS):
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "PYTHON=$(PYTHON): constraints.txt needs Python 3.11 or newer"; exit 1; }
 	$(call say,set-up: $(VENV) and the packages that constraints.txt pins (the first time: some minutes, most of it torch))
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt -r requirements.txt
 	@mkdir -p $(@D) && rm -f $(@D)/deps-* && touch $@
 
-$(LINK): $(DEPS) pyproject.toml setup.py
+$(LINK): | $(DEPS)
 	$(call say,set-up: this folder as an editable install)
 	@LOWMEM_SKIP_BUILD=1 $(PY) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e . 2>/dev/null
 	@rm -f $(@D)/link-* && touch $@
@@ -45,7 +46,7 @@ $(LINK): $(DEPS) pyproject.toml setup.py
 ifeq ($(wildcard lowmem/_C.*so),)
 .PHONY: $(LIBS)
 endif
-$(LIBS): $(LINK) $(CSRC)
+$(LIBS): | $(LINK)
 	$(call say,build: the operator libraries of csrc/ (only what changed))
 	@mkdir -p build && MAX_JOBS=$${MAX_JOBS:-$(JOBS)} $(PY) setup.py -q build_ext --inplace > build/log.txt 2>&1 || { tail -n 60 build/log.txt; echo "build failed: the whole log is build/log.txt"; exit 1; }
 	@grep -h '^lowmem: ' build/log.txt || true

@@ -4,8 +4,8 @@ Three libraries, each built where its sources and its compiler are there:
 
 ========================  ==================  ========================================================================
 ``lowmem/_C``             csrc/cpu/*.cpp      operators of the CPU, on torch's stable ABI; a C++17 compiler
-``lowmem/_C_cuda``        csrc/cuda/*.cu      operators of CUDA devices, on torch's stable ABI; nvcc, also beside a torch
-                                              without CUDA (the library then loads where torch has CUDA)
+``lowmem/_C_cuda``        csrc/cuda/*.cu      operators of CUDA devices, on torch's stable ABI; nvcc, also beside a
+                                              torch without CUDA (the library then loads where torch has it)
 ``lowmem/_host``          csrc/host/*.cpp     torch-free helpers on the host, pybind11; a C++17 compiler
 ========================  ==================  ========================================================================
 
@@ -167,8 +167,9 @@ def build_command():
     class Build(cpp_extension.BuildExtension):
         def build_extension(self, ext) -> None:
             # one folder each: ninja keeps one manifest per folder, and both operator libraries compile csrc/module.cpp
-            self.build_temp = str(ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}" / ext.name)
-            Path(self.build_temp).mkdir(parents=True, exist_ok=True)
+            folder = ROOT / "build" / f"{sys.implementation.cache_tag}-{sysconfig.get_platform()}" / ext.name
+            folder.mkdir(parents=True, exist_ok=True)
+            self.build_temp = str(folder)
             os.environ.setdefault("MAX_JOBS", str(os.cpu_count() or 1))
             super().build_extension(ext)
 

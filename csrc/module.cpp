@@ -9,7 +9,15 @@
 
 PyMODINIT_FUNC LOWMEM_PASTE(PyInit_, TORCH_EXTENSION_NAME)() {
   static PyModuleDef module = {
-      PyModuleDef_HEAD_INIT, LOWMEM_TEXT(TORCH_EXTENSION_NAME), nullptr, -1, nullptr, nullptr, nullptr, nullptr, nullptr,
+      PyModuleDef_HEAD_INIT,
+      LOWMEM_TEXT(TORCH_EXTENSION_NAME),
+      nullptr,
+      -1,
+      nullptr,
+      nullptr,
+      nullptr,
+      nullptr,
+      nullptr,
   };
   return PyModule_Create(&module);
 }

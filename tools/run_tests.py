@@ -28,7 +28,7 @@ def tool(name: str) -> str:
 
 
 def run(command: list[str], env: dict[str, str] | None = None) -> tuple[int, str]:
-    """Run in the project's root, show the output as it comes; returns the exit status and the last line that says something."""
+    """Run in the project's root, show the output as it comes; returns the exit status and the last line of it."""
     process = subprocess.Popen(
         command,
         cwd=ROOT,

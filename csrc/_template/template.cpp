@@ -1,8 +1,8 @@
 // Family `template` on the CPU: y = alpha * x. Copy to csrc/cpu/<family>.cpp (python tools/new_family.py <family>).
 //
-// Only torch's stable ABI may be used: torch/csrc/stable and torch/headeronly. torch/all.h and torch/extension.h would tie
-// the library to one torch release, and cost a minute of compiler a file. tests/test_packaging.py reads the undefined
-// symbols and fails if one of at::, c10:: or torch:: is among them.
+// Only torch's stable ABI may be used: torch/csrc/stable and torch/headeronly. torch/all.h and torch/extension.h would
+// tie the library to one torch release, and cost a minute of compiler a file. tests/test_packaging.py reads the
+// undefined symbols and fails if one of at::, c10:: or torch:: is among them.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>  // needed even where no tensor method is called: its symbols are hidden
@@ -20,16 +20,15 @@ using torch::stable::Tensor;
 template <typename T>
 using Accumulate = std::conditional_t<sizeof(T) == 2, float, T>;
 
-// The kernel knows pointers, sizes and strides, no tensors. It owns rows [begin, end): parallel_for divides them, so the
-// result does not depend on the number of threads.
+// The kernel knows pointers, sizes and strides, no tensors. It owns rows [begin, end): parallel_for divides them, so
+// the result does not depend on the number of threads.
 template <typename T>
 void scale_rows(const T* x, int64_t row_stride, int64_t col_stride, T* y, int64_t cols, double alpha, int64_t begin,
                 int64_t end) {
   const auto factor = static_cast<Accumulate<T>>(alpha);
   for (int64_t m = begin; m < end; ++m) {  // 64-bit indices: m * row_stride passes 2**31
     for (int64_t k = 0; k < cols; ++k) {
-      y[m * cols + k] =
-          static_cast<T>(factor * static_cast<Accumulate<T>>(x[m * row_stride + k * col_stride]));
+      y[m * cols + k] = static_cast<T>(factor * static_cast<Accumulate<T>>(x[m * row_stride + k * col_stride]));
     }
   }
 }
@@ -40,7 +39,8 @@ void run(const Tensor& x, Tensor& y, double alpha) {
   const auto* in = static_cast<const T*>(x.const_data_ptr());  // untyped: the typed form of a half is not in torch 2.11
   auto* out = static_cast<T*>(y.mutable_data_ptr());
   const int64_t rows = x.size(0), cols = x.size(1), row_stride = x.stride(0), col_stride = x.stride(1);
-  const int64_t grain = 1 + 32768 / (cols + 1);  // rows a thread takes at least: below that a thread costs more than it gives
+  const int64_t grain =
+      1 + 32768 / (cols + 1);  // rows a thread takes at least: below that a thread costs more than it gives
   torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
     scale_rows<T>(in, row_stride, col_stride, out, cols, alpha, begin, end);
   });

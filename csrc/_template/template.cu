@@ -1,6 +1,4 @@
 // Family `template` on CUDA devices: argument checks and the launch. Copy to csrc/cuda/<family>.cu.
-#include "template.cuh"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -14,6 +12,8 @@
 
 #include <algorithm>
 
+#include "template.cuh"
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -25,9 +25,9 @@ void launch(const Tensor& x, Tensor& y, double alpha, cudaStream_t stream) {
   constexpr int kThreads = 256;
   const auto blocks = static_cast<unsigned>(std::min<int64_t>((rows * cols + kThreads - 1) / kThreads, 1 << 16));
   if (blocks == 0) return;  // an empty grid is a launch error
-  lm::template_scale_kernel<T><<<blocks, kThreads, 0, stream>>>(
-      static_cast<const T*>(x.const_data_ptr()), x.stride(0), x.stride(1), static_cast<T*>(y.mutable_data_ptr()), rows,
-      cols, static_cast<float>(alpha));
+  lm::template_scale_kernel<T><<<blocks, kThreads, 0, stream>>>(static_cast<const T*>(x.const_data_ptr()), x.stride(0),
+                                                                x.stride(1), static_cast<T*>(y.mutable_data_ptr()),
+                                                                rows, cols, static_cast<float>(alpha));
   STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 

@@ -8,7 +8,8 @@
 
 namespace lm {
 
-// One thread an element, a grid-stride loop: any size is served by any grid. 64-bit indices: m * row_stride passes 2**31.
+// One thread an element, a grid-stride loop: any size is served by any grid. 64-bit indices: m * row_stride passes
+// 2**31.
 template <typename T>
 __global__ void template_scale_kernel(const T* __restrict__ x, int64_t row_stride, int64_t col_stride,
                                       T* __restrict__ y, int64_t rows, int64_t cols, float alpha) {
