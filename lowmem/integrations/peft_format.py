@@ -1,0 +1,280 @@
+"""Adapters in PEFT's folder format: ``adapter_config.json`` and ``adapter_model.safetensors``.
+
+``peft.PeftModel.from_pretrained(base, folder)`` reads what :func:`save_adapter` wrote, and :func:`load_adapter` reads
+what ``PeftModel.save_pretrained`` wrote. Neither needs PEFT; both need ``safetensors``. The weights are keyed
+``base_model.model.<layer>.lora_A.weight`` (``[r, in_features]``) and ``base_model.model.<layer>.lora_B.weight``
+(``[out_features, r]``).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._errors import bad
+from ..nn.lora import FusedLoRALinear
+from . import _peft_config
+from ._peft_config import CONFIG, WEIGHTS, Settings
+
+_PREFIX = "base_model.model."
+_WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # what wrappers put in module names
+
+
+def _modules(op: str, model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module], dict[str, FusedLoRALinear]]:
+    """The model without its wrappers, its modules by the names they have without them, and the LoRA layers of those."""
+    if not isinstance(model, nn.Module):
+        bad(op, "model", "a torch.nn.Module", type(model).__name__, kind=TypeError)
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif isinstance(inner := getattr(model, "_orig_mod", None), nn.Module):
+            model = inner
+        else:
+            break
+    modules = {
+        ".".join(part for part in name.split(".") if part not in _WRAPPERS): module
+        for name, module in model.named_modules()
+    }
+    layers = {name: module for name, module in modules.items() if isinstance(module, FusedLoRALinear)}
+    if not layers:
+        hint = "lowmem.convert it first"
+        bad(op, "model", "FusedLoRALinear layers in it", f"a {type(model).__name__} without any", hint=hint)
+    if "" in layers:
+        bad(op, "model", "a module that holds FusedLoRALinear layers by name", "such a layer itself")
+    return model, modules, layers
+
+
+def _key(layer: str, side: str) -> str:
+    return f"{_PREFIX}{layer}.{side}.weight"
+
+
+def _check_storage(op: str, what: str, tensor: Tensor) -> None:
+    if type(tensor).__name__ == "DTensor":
+        bad(op, "model", "whole parameters", f"{what} sharded as a DTensor", hint="gather it first")
+    if tensor.is_meta:
+        bad(op, "model", "parameters with storage", f"{what} on the meta device")
+
+
+def _need_safetensors(op: str) -> Any:
+    try:
+        import safetensors
+    except ImportError:
+        bad(op, "safetensors", "the package to be installed", "none", hint="pip install safetensors", kind=ImportError)
+    return safetensors
+
+
+# ---------------------------------------------------------------------------------------------------------------- save
+
+
+def _replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
+    """Write every file under a temporary name in ``folder`` and flush it to the disk; then rename all into place.
+
+    At any failure before the renames the old files stay whole, and no temporary file is left."""
+    pending: list[tuple[Path, Path]] = []
+    try:
+        for filename, write in writers.items():
+            temporary = folder / f".{filename}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
+            pending.append((temporary, folder / filename))
+            write(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())
+        for temporary, target in pending:
+            os.replace(temporary, target)
+    finally:
+        for temporary, _ in pending:
+            temporary.unlink(missing_ok=True)
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)  # the renames themselves
+        finally:
+            os.close(descriptor)
+
+
+def save_adapter(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    name: str = "default",
+    base_model_name_or_path: str | None = None,
+) -> None:
+    """Write adapter ``name`` of ``model`` into the folder ``path`` (made where needed) in PEFT's format.
+
+    Every layer that has the adapter is written, in its parameters' dtype, merged or not. Both files are written in full
+    beside the old ones before either is replaced: a failure (a full disk, a killed process) leaves the old ones whole.
+
+    Args:
+        model: holds :class:`lowmem.nn.FusedLoRALinear` layers; wrappers (DDP, ``torch.compile``) are seen through.
+        path: a folder; other files in it are left alone.
+        name: which adapter. PEFT's files do not hold the name.
+        base_model_name_or_path: what the config names as the base; None takes the model's ``name_or_path``, if any.
+
+    Raises ValueError or TypeError ``lowmem.save_adapter: <argument>: expected ..., got ...``; OSError where a file
+    cannot be written.
+    """
+    op = "save_adapter"
+    _need_safetensors(op)
+    from safetensors.torch import save_file
+
+    inner, modules, layers = _modules(op, model)
+    chosen = {key: layer for key, layer in layers.items() if name in layer.lora_A}
+    if not chosen:
+        known = sorted({adapter for layer in layers.values() for adapter in layer.lora_A})
+        bad(op, "name", f"one of {', '.join(known)}", repr(name))
+    folder = Path(path)
+    if folder.exists() and not folder.is_dir():
+        bad(op, "path", "a folder", f"the file {str(path)!r}", kind=NotADirectoryError)
+    tensors: dict[str, Tensor] = {}
+    for key, layer in chosen.items():
+        for side, parameter in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
+            _check_storage(op, f"{key}.{side}", parameter)
+            # a copy: safetensors takes no two tensors over one storage, as adapters tied between layers are
+            tensors[_key(key, side)] = parameter.detach().to("cpu", copy=True).contiguous()
+    others = {n for n in modules if n and n not in chosen and n.rpartition(".")[0] not in chosen}
+    config = _peft_config.make(inner, chosen, others, name, base_model_name_or_path)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace_files(
+        folder,
+        {
+            WEIGHTS: lambda file: save_file(tensors, file, metadata={"format": "pt"}),
+            CONFIG: lambda file: file.write_text(text, encoding="utf-8"),
+        },
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------------- load
+
+
+def _shown(names: Iterable[str], limit: int = 4) -> str:
+    names = sorted(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _check_folder(folder: Path) -> None:
+    op = "load_adapter"
+    if not folder.is_dir():
+        got = f"{str(folder)!r}, which is not a folder"
+        bad(op, "path", f"a folder with {CONFIG} and {WEIGHTS}", got, kind=FileNotFoundError)
+    for needed in (CONFIG, WEIGHTS):
+        if not (folder / needed).is_file():
+            got = ", ".join(sorted(p.name for p in folder.iterdir())) or "nothing in it"
+            pickled = needed == WEIGHTS and (folder / "adapter_model.bin").exists()
+            hint = "pickles are not read: save it again from PEFT, as safetensors" if pickled else ""
+            bad(op, "path", f"{needed} in {str(folder)!r}", got, hint=hint, kind=FileNotFoundError)
+
+
+def _read_weights(file: Path) -> dict[str, Tensor]:
+    safetensors = _need_safetensors("load_adapter")
+    try:
+        with safetensors.safe_open(file, "pt") as data:
+            return {key: data.get_tensor(key) for key in data.keys()}
+    except (safetensors.SafetensorError, ValueError) as error:
+        got = f"{file.stat().st_size} bytes that are not one: {error}"
+        bad("load_adapter", "path", f"a whole safetensors file {WEIGHTS}", got, hint="truncated or corrupt")
+
+
+def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
+    """Layer name to its ``lora_A`` and ``lora_B``, and the keys that are neither."""
+    pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    extra = set()
+    for key, tensor in tensors.items():
+        if found := re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.(lora_[AB])\.weight", key):
+            pairs[found[1]][found[2]] = tensor
+        else:
+            extra.add(key)
+    return dict(pairs), extra
+
+
+def _check_pair(layer: FusedLoRALinear, name: str, key: str, pair: dict[str, Tensor], s: Settings) -> None:
+    op = "load_adapter"
+    for side, shape in (("lora_A", (s.r, layer.in_features)), ("lora_B", (layer.out_features, s.r))):
+        tensor = pair[side]
+        if tuple(tensor.shape) != shape:
+            why = f"r={s.r} in {CONFIG}, the layer is {layer.in_features} -> {layer.out_features}"
+            bad(op, "path", f"{_key(key, side)} of shape {list(shape)} ({why})", f"shape {list(tensor.shape)}")
+        if not tensor.is_floating_point():
+            bad(op, "path", f"{_key(key, side)} in a floating dtype", tensor.dtype, kind=TypeError)
+    if layer.merged is not None:
+        bad(op, "model", "layers that are not merged", f"{key} with {layer.merged!r} merged", hint="unmerge() first")
+    if name in layer.lora_A:
+        if layer.r[name] != s.r:
+            hint = "load it under another name, or convert the model with the file's rank"
+            bad(op, "path", f"r={layer.r[name]} for {key}, whose adapter {name!r} has it", f"r={s.r}", hint=hint)
+        _check_storage(op, f"{key}.lora_A", layer.lora_A[name])
+        _check_storage(op, f"{key}.lora_B", layer.lora_B[name])
+    else:
+        _check_storage(op, f"{key}.weight", layer.weight)
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = "default", strict: bool = True) -> None:
+    """Read the PEFT adapter in folder ``path`` into ``model`` as adapter ``name``; make it the active, trainable one.
+
+    Layers without an adapter of that name get one, with the file's rank, alpha, dropout and rsLoRA flag. Where layers
+    have one, its weights, alpha and rsLoRA flag are replaced; rank must agree, dropout stays as it is. Weights are cast
+    to the parameters' dtype. Everything is checked before the first write: an error leaves the model as it was.
+
+    Args:
+        model: holds :class:`lowmem.nn.FusedLoRALinear` layers (see :func:`lowmem.convert`).
+        path: a folder that PEFT's ``save_pretrained`` or :func:`save_adapter` wrote.
+        name: what the adapter is called in ``model``.
+        strict: the file must hold weights for exactly the model's FusedLoRALinear layers and the layers that its config
+            targets, and its config nothing unknown. False ignores what is more, leaves layers without weights as they
+            are, and warns of both; wrong shapes, damaged files and unsupported settings stay errors.
+
+    Raises ValueError, TypeError or FileNotFoundError ``lowmem.load_adapter: <argument>: expected ..., got ...``.
+    """
+    op = "load_adapter"
+    if not isinstance(name, str) or not name or "." in name:
+        bad(op, "name", "a non-empty string without dots", repr(name))
+    _, modules, layers = _modules(op, model)
+    folder = Path(path)
+    _check_folder(folder)
+    config = _peft_config.read(folder, strict)
+    pairs, extra = _split(_read_weights(folder / WEIGHTS))
+    plain = {key for key, module in modules.items() if isinstance(module, nn.Linear) and key not in layers}
+
+    torn = [_key(key, side) for key, pair in pairs.items() for side in ("lora_A", "lora_B") if side not in pair]
+    if torn:
+        bad(op, "path", "lora_A and lora_B of every layer", f"no {_shown(torn)}")
+    if unconverted := plain & pairs.keys():
+        hint = "lowmem.convert them first"
+        bad(op, "model", "FusedLoRALinear where the file has weights", f"nn.Linear at {_shown(unconverted)}", hint=hint)
+    extra |= {_key(key, side) for key in pairs.keys() - layers.keys() for side in ("lora_A", "lora_B")}
+    missing = (layers.keys() | _peft_config.targeted(config, plain)) - pairs.keys()
+    chosen = {key: pair for key, pair in pairs.items() if key in layers}
+    if not chosen:
+        bad(op, "path", "weights for the model's layers", f"none, but {_shown(extra) or 'an empty file'}")
+    if strict and missing:
+        hint = "strict=False leaves those layers as they are"
+        bad(op, "path", f"weights for {len(missing | chosen.keys())} layers", f"none for {_shown(missing)}", hint=hint)
+    if strict and extra:
+        hint = "strict=False ignores them"
+        bad(op, "path", "weights for the model's layers alone", f"also {_shown(extra)}", hint=hint)
+    settings = {key: _peft_config.settings(config, key) for key in chosen}
+    for key, pair in chosen.items():
+        _check_pair(layers[key], name, key, pair, settings[key])
+    if missing:
+        warnings.warn(f"lowmem.load_adapter: no weights for {_shown(missing)}: left as they are", stacklevel=2)
+    if extra:
+        warnings.warn(f"lowmem.load_adapter: ignored {_shown(extra)}", stacklevel=2)
+
+    for key, pair in chosen.items():  # nothing is written before this line, nothing is checked after it
+        layer, s = layers[key], settings[key]
+        if name not in layer.lora_A:
+            layer.add_adapter(name, r=s.r, alpha=s.alpha, dropout=s.dropout, use_rslora=s.use_rslora)
+        layer.alpha[name], layer.use_rslora[name] = s.alpha, s.use_rslora
+        with torch.no_grad():
+            layer.lora_A[name].copy_(pair["lora_A"])
+            layer.lora_B[name].copy_(pair["lora_B"])
+        layer.set_adapter(name)
