@@ -101,7 +101,13 @@ def test_llama_compiles_in_one_graph():
 
 @pytest.mark.parametrize(
     ("target", "count"),
-    [("all-linear", 14), (["q_proj", "v_proj"], 4), (["layers.1.mlp.gate_proj"], 1), (r".*\.1\..*_proj", 7), (["lm_head"], 1)],
+    [
+        ("all-linear", 14),
+        (["q_proj", "v_proj"], 4),
+        (["layers.1.mlp.gate_proj"], 1),
+        (r".*\.1\..*_proj", 7),
+        (["lm_head"], 1),
+    ],
 )
 def test_target_modules(target, count):
     assert len(list(lora_layers(lowmem.convert(llama(), r=2, target_modules=target)))) == count
@@ -119,7 +125,9 @@ def test_layers_whose_forward_would_be_bypassed_are_left_and_reported():
     assert [name for name, _ in lora_layers(model)] == ["1"]
     text = str(lowmem.report(model))
     assert "NonDynamicallyQuantizableLinear is a subclass" in text
-    with pytest.raises(TypeError, match="lowmem.convert: target_modules: expected names of nn.Linear layers, got '0.out_proj'"):
+    with pytest.raises(
+        TypeError, match="lowmem.convert: target_modules: expected names of nn.Linear layers, got '0.out_proj'"
+    ):
         lowmem.convert(nn.Sequential(nn.MultiheadAttention(8, 2)), r=2, target_modules=["out_proj"])
 
 
@@ -138,7 +146,14 @@ def test_report_counts_and_reasons():
 
 def test_backends_lists_every_operator_on_both_devices():
     rows = lowmem.backends().rows
-    assert {row[0] for row in rows} >= {"lora_shrink", "lora_expand", "lora_dy", "lora_dx", "lora_da", "lora_masked_expand_"}
+    assert {row[0] for row in rows} >= {
+        "lora_shrink",
+        "lora_expand",
+        "lora_dy",
+        "lora_dx",
+        "lora_da",
+        "lora_masked_expand_",
+    }
     assert all(row[2] for row in rows) and {row[1] for row in rows} == {"cpu", "cuda"}
 
 
@@ -147,7 +162,10 @@ def test_errors_change_nothing():
     for kwargs, message in [
         ({"r": 0}, "r: expected an integer >= 1"),
         ({"r": 2, "dropout": -1.0}, "dropout: expected a probability"),
-        ({"r": 2, "target_modules": ["nope"]}, r"target_modules: expected names of nn.Linear layers \(there are: down_proj"),
+        (
+            {"r": 2, "target_modules": ["nope"]},
+            r"target_modules: expected names of nn.Linear layers \(there are: down_proj",
+        ),
         ({"r": 2, "target_modules": ["q_proj", "embed_tokens"]}, "Embedding is not an nn.Linear"),
     ]:
         with pytest.raises((ValueError, TypeError), match=message):
