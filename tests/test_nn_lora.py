@@ -216,10 +216,14 @@ def test_named_adapters():
     assert not fused.lora_A["task_b"].requires_grad
     fused.set_adapter("task_b")
     assert [p.requires_grad for p in (*_ab(fused, "task_b"), *_ab(fused, "default"))] == [True, True, False, False]
-    assert torch.equal(fused(x), lowmem.ops.lora_linear(x, fused.weight, *_ab(fused, "task_b"), 7**0.5, bias=fused.bias))
+    assert torch.equal(
+        fused(x), lowmem.ops.lora_linear(x, fused.weight, *_ab(fused, "task_b"), 7**0.5, bias=fused.bias)
+    )
     assert fused.scaling() == pytest.approx(7**0.5)
     model = nn.Sequential(fused, FusedLoRALinear(24, 8, r=2, alpha=2))
-    with pytest.raises(ValueError, match=r"lowmem.set_adapter: name: expected an adapter that every layer has \(default\)"):
+    with pytest.raises(
+        ValueError, match=r"lowmem.set_adapter: name: expected an adapter that every layer has \(default\)"
+    ):
         set_adapter(model, "task_b")
     set_adapter(model, "default")
     assert fused.active_adapter == "default"
@@ -279,9 +283,13 @@ def test_autocast_matches_a_linear_under_autocast(dtype):
     x = torch.randn(6, 40, requires_grad=True)
     with torch.autocast("cpu", dtype=dtype):
         y = fused(x)
-        expected = F.linear(x, fused.weight, fused.bias) + 2.0 * F.linear(F.linear(x, _ab(fused, "default")[0]), _ab(fused, "default")[1])
+        expected = F.linear(x, fused.weight, fused.bias) + 2.0 * F.linear(
+            F.linear(x, _ab(fused, "default")[0]), _ab(fused, "default")[1]
+        )
     assert y.dtype is dtype
-    torch.testing.assert_close(y, expected, rtol=0, atol=16 * torch.finfo(dtype).eps * float(expected.detach().abs().max()))
+    torch.testing.assert_close(
+        y, expected, rtol=0, atol=16 * torch.finfo(dtype).eps * float(expected.detach().abs().max())
+    )
     y.float().sum().backward()
     assert x.grad.dtype is torch.float32 and fused.lora_A["default"].grad.dtype is torch.float32
 
@@ -297,7 +305,14 @@ def test_compile_fullgraph(backend, mask, autocast):
     def step(module, x):  # inductor draws other seeds than eager, so both get the same one
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
             return lowmem.ops.lora_linear(
-                x, module.weight, *_ab(module, "default"), 2.0, bias=module.bias, p=0.3, seed=seed, save_mask=mask == "bits"
+                x,
+                module.weight,
+                *_ab(module, "default"),
+                2.0,
+                bias=module.bias,
+                p=0.3,
+                seed=seed,
+                save_mask=mask == "bits",
             )
 
     compiled = torch.compile(step, fullgraph=True, backend=backend)
@@ -374,7 +389,9 @@ def test_bad_inputs_to_forward():
     fused = layer()
     with pytest.raises(ValueError, match=r"lowmem.lora_linear: A: expected shape \[r, 41\]"):
         fused(torch.randn(2, 41))
-    with pytest.raises(TypeError, match="lowmem.lora_linear: base: expected x's dtype torch.float64, got torch.float32"):
+    with pytest.raises(
+        TypeError, match="lowmem.lora_linear: base: expected x's dtype torch.float64, got torch.float32"
+    ):
         fused(torch.randn(2, 40, dtype=torch.float64))
     with pytest.raises(TypeError, match="lowmem.lora_linear: x: expected a floating dtype, got torch.int64"):
         fused(torch.zeros(2, 40, dtype=torch.int64))
