@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
 
@@ -13,8 +13,12 @@ from torch import Tensor, nn
 
 from .._errors import bad
 from ..ops.lora import accumulate_dtype, lora_linear
+from .dora import merged_row_norms, row_norms_squared
 
 MERGE_ROWS = 1024  # rows of W that merge() holds in fp32 at a time
+
+
+PARTS = ("A", "B", "gate", "magnitude")  # what an adapter may be made of: the attributes lora_<part>
 
 
 def _check_adapter(name: str, r: int, alpha: float, dropout: float) -> None:
@@ -48,11 +52,13 @@ class FusedLoRALinear(nn.Linear):
         use_rslora: scale by ``alpha / sqrt(r)``.
         adapter_dtype: dtype of A and B; None means fp32 over a 16-bit weight and the weight's dtype otherwise.
         mask: ``"bits"`` keeps one bit an element for backward, ``"seed"`` draws the mask again there.
+        use_dora, gate, train: see :meth:`add_adapter`.
         name: the first adapter's name.
         device, dtype: of a new weight.
 
-    ``state_dict`` keys: ``weight``, ``bias``, ``lora_A.<name>`` ``[r, K]``, ``lora_B.<name>`` ``[N, r]``. A is initialised
-    as in ``nn.Linear``, B with zeros.
+    ``state_dict`` keys: ``weight``, ``bias``, ``lora_A.<name>`` ``[r, K]``, ``lora_B.<name>`` ``[N, r]`` and, where there
+    are any, ``lora_gate.<name>`` ``[r]`` and ``lora_magnitude.<name>`` ``[N]``. A is initialised as in ``nn.Linear``, B with
+    zeros, a gate with ones, a magnitude with the norms of W's rows.
 
     Raises ValueError or TypeError ``lowmem.FusedLoRALinear: <argument>: expected ..., got ...``.
     """
@@ -72,6 +78,9 @@ class FusedLoRALinear(nn.Linear):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
         mask: Literal["bits", "seed"] = "bits",
+        use_dora: bool = False,
+        gate: bool = False,
+        train: Collection[str] = PARTS,
         name: str = "default",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -97,7 +106,17 @@ class FusedLoRALinear(nn.Linear):
             zeros = torch.zeros(out_features, device=base.device, dtype=base.dtype) if bias else None
             self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
         self._init_adapters(mask)
-        self.add_adapter(name, r=r, alpha=alpha, dropout=dropout, use_rslora=use_rslora, adapter_dtype=adapter_dtype)
+        self.add_adapter(
+            name,
+            r=r,
+            alpha=alpha,
+            dropout=dropout,
+            use_rslora=use_rslora,
+            adapter_dtype=adapter_dtype,
+            use_dora=use_dora,
+            gate=gate,
+            train=train,
+        )
         self.set_adapter(name)
 
     def _init_adapters(self, mask: str) -> None:
@@ -106,50 +125,55 @@ class FusedLoRALinear(nn.Linear):
             self.bias.requires_grad_(False)
         self.lora_A = nn.ParameterDict()
         self.lora_B = nn.ParameterDict()
+        self.lora_gate = nn.ParameterDict()
+        self.lora_magnitude = nn.ParameterDict()
         self.r: dict[str, int] = {}
         self.alpha: dict[str, float] = {}
         self.dropout: dict[str, float] = {}
         self.use_rslora: dict[str, bool] = {}
+        self.train_parts: dict[str, tuple[str, ...]] = {}
         self.mask = mask
         self.active_adapter = ""
         self.merged: str | None = None
+        self.register_buffer("merged_factor", None)  # DoRA's m / norm [N] while merged: what unmerge() divides by
+        self.register_buffer("_row_norms_squared", None, persistent=False)  # of W [N], where an adapter is DoRA
         self._disabled = 0
 
     @classmethod
-    def from_linear(
-        cls,
-        linear: nn.Linear,
-        *,
-        r: int,
-        alpha: float,
-        dropout: float = 0.0,
-        use_rslora: bool = False,
-        adapter_dtype: torch.dtype | None = None,
-        mask: Literal["bits", "seed"] = "bits",
-        name: str = "default",
-    ) -> FusedLoRALinear:
-        """A layer over ``linear``'s own weight and bias parameters (shared, not copied; both are frozen)."""
+    def from_linear(cls, linear: nn.Linear, **options: Any) -> FusedLoRALinear:
+        """A layer over ``linear``'s own weight and bias parameters (shared, not copied; both are frozen). ``options``: r,
+        alpha and whatever else the constructor takes but sizes, base and bias."""
         op = "FusedLoRALinear"
         if isinstance(linear, FusedLoRALinear):
             bad(op, "linear", "a plain nn.Linear", "a FusedLoRALinear", hint="add_adapter gives it another adapter")
         if type(linear) is not nn.Linear:
-            bad(op, "linear", "an nn.Linear (no subclass: its own forward would be lost)", type(linear).__name__, kind=TypeError)
-        layer = cls(
-            linear.in_features,
-            linear.out_features,
-            r=r,
-            alpha=alpha,
-            dropout=dropout,
-            base=linear.weight,
-            use_rslora=use_rslora,
-            adapter_dtype=adapter_dtype,
-            mask=mask,
-            name=name,
-        )
+            got = type(linear).__name__
+            bad(op, "linear", "an nn.Linear (no subclass: its own forward would be lost)", got, kind=TypeError)
+        layer = cls(linear.in_features, linear.out_features, base=linear.weight, **options)
         if linear.bias is not None:
             layer.bias = linear.bias
             layer.bias.requires_grad_(False)
-        layer.train(linear.training)
+        return layer.train(linear.training)
+
+    @classmethod
+    @torch.no_grad()
+    def from_svd(cls, linear: nn.Linear, *, r: int, train: Collection[str] = ("gate",), name: str = "default") -> FusedLoRALinear:
+        """SVFit (arXiv 2409.05926): ``W = U_r diag(sigma) V_r^T + W_e`` by the SVD in fp32 (fp64 for fp64), with
+        ``A = V_r^T``, ``B = U_r``, ``gate = sigma``, scale 1, and ``W_e`` written over ``linear``'s weight.
+
+        With only the gate training, backward keeps ``r`` numbers a row and no ``x``. At the start the layer computes what
+        ``linear`` did, to within the rounding of ``W_e``. r is at most ``min(N, K)``.
+        """
+        rank = min(linear.weight.shape)
+        if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= rank:
+            bad("FusedLoRALinear", "r", f"an integer in [1, {rank}]", repr(r))
+        dtype = accumulate_dtype(linear.weight.dtype)
+        layer = cls.from_linear(linear, r=r, alpha=r, gate=True, train=train, name=name, adapter_dtype=dtype)
+        u, sigma, vt = torch.linalg.svd(layer.weight.to(dtype), full_matrices=False)
+        layer.lora_A[name].copy_(vt[:r])
+        layer.lora_B[name].copy_(u[:, :r])
+        layer.lora_gate[name].copy_(sigma[:r])
+        layer._add_to_weight(-1.0)
         return layer
 
     # ------------------------------------------------------------------------------------------------------ adapters
@@ -163,20 +187,43 @@ class FusedLoRALinear(nn.Linear):
         dropout: float = 0.0,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        use_dora: bool = False,
+        gate: bool = False,
+        train: Collection[str] = PARTS,
     ) -> None:
-        """Add adapter ``name`` (A as in ``nn.Linear``, B zero, so the output does not change). It is frozen until
-        :meth:`set_adapter` makes it the active one."""
+        """Add adapter ``name`` (B zero, so the output does not change). It is frozen until :meth:`set_adapter` makes it the
+        active one.
+
+        Args:
+            name: any string without dots that is not taken.
+            r, alpha, dropout, use_rslora, adapter_dtype: as for the class.
+            use_dora: ``y = m / |W + scale B A| * (x W^T + scale * drop(x) A^T B^T) + bias`` with a trained magnitude ``m``
+                ``[N]`` (DoRA, arXiv 2402.09353, section 4.3: the norm of each row is taken as a constant). Saves ``N``
+                more numbers a row; the norm needs no dense copy of the weight. PEFT drops x in the base term too.
+            gate: a trained factor for each rank (SoRA, arXiv 2311.11696); see :func:`lowmem.optim.prox_l1_`.
+            train: which parts train once active, of ``A``, ``B``, ``gate``, ``magnitude``. ``("B",)`` is LoRA-FA (arXiv
+                2308.03303), which saves ``S`` alone and no ``x``.
+        """
+        op = "FusedLoRALinear"
         _check_adapter(name, r, alpha, dropout)
         if name in self.lora_A:
-            bad("FusedLoRALinear", "name", f"a name other than {', '.join(self.lora_A)}", repr(name))
-        dtype = adapter_dtype or accumulate_dtype(self.weight.dtype)
-        a = torch.empty(r, self.in_features, device=self.weight.device, dtype=dtype)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
-        b = torch.zeros(self.out_features, r, device=self.weight.device, dtype=dtype)
-        self.lora_A[name] = nn.Parameter(a, requires_grad=False)
-        self.lora_B[name] = nn.Parameter(b, requires_grad=False)
+            bad(op, "name", f"a name other than {', '.join(self.lora_A)}", repr(name))
+        if isinstance(train, str) or not set(train) <= set(PARTS):
+            bad(op, "train", f"a collection of {', '.join(PARTS)}", repr(train))
+        device, dtype = self.weight.device, adapter_dtype or accumulate_dtype(self.weight.dtype)
+        parts = {"A": torch.empty(r, self.in_features, device=device, dtype=dtype)}
+        nn.init.kaiming_uniform_(parts["A"], a=math.sqrt(5))
+        parts["B"] = torch.zeros(self.out_features, r, device=device, dtype=dtype)
+        if gate:
+            parts["gate"] = torch.ones(r, device=device, dtype=dtype)
+        if use_dora:
+            self._row_norms_squared = row_norms_squared(self.weight)
+            parts["magnitude"] = self._row_norms_squared.sqrt().to(dtype)
+        for part, value in parts.items():
+            getattr(self, f"lora_{part}")[name] = nn.Parameter(value, requires_grad=False)
         self.r[name], self.alpha[name] = r, float(alpha)
         self.dropout[name], self.use_rslora[name] = float(dropout), bool(use_rslora)
+        self.train_parts[name] = tuple(part for part in PARTS if part in train)
 
     def set_adapter(self, name: str, *, trainable: bool = True) -> None:
         """Make ``name`` the active adapter and freeze the others, as PEFT does; ``trainable=False`` freezes it too."""
@@ -185,9 +232,9 @@ class FusedLoRALinear(nn.Linear):
         if self.merged is not None and self.merged != name:
             bad("FusedLoRALinear", "name", f"{self.merged!r}, which is merged", repr(name), hint="unmerge() first")
         self.active_adapter = name
-        for other in self.lora_A:
-            self.lora_A[other].requires_grad_(trainable and other == name)
-            self.lora_B[other].requires_grad_(trainable and other == name)
+        for part in PARTS:
+            for other, parameter in getattr(self, f"lora_{part}").items():
+                parameter.requires_grad_(trainable and other == name and part in self.train_parts[other])
 
     def scaling(self, name: str | None = None) -> float:
         """``alpha / r`` of adapter ``name`` (default: the active one), or ``alpha / sqrt(r)`` for rsLoRA."""
@@ -202,60 +249,93 @@ class FusedLoRALinear(nn.Linear):
     # --------------------------------------------------------------------------------------------------------- merge
 
     def merge(self) -> None:
-        """``W += scale * B A`` with the active adapter, in fp32 and rounded once; forward then costs one GEMM.
-
-        Refused, with W untouched, where the adapter holds NaN or infinity."""
+        """``W += scale * B A`` with the active adapter (gate and magnitude included), computed in fp32 and rounded once;
+        forward then costs one GEMM. Refused, with W untouched, where the adapter holds NaN or infinity."""
         if self.merged is not None:
             bad("FusedLoRALinear", "merge", "a layer that is not merged", f"{self.merged!r} merged")
-        self._add_to_weight(1.0)
-        self.merged = self.active_adapter
+        name = self.active_adapter
+        factor = self._row_factor(name)
+        self._add_to_weight(1.0, after=factor)
+        self.merged_factor = None if factor is None else factor.detach()
+        self.merged = name
 
     def unmerge(self) -> None:
         """Take the merged adapter out of W again: exact in fp64 and fp32 but for one rounding, in 16 bits to within one
         rounding of the merged weight."""
         if self.merged is None:
             bad("FusedLoRALinear", "unmerge", "a merged layer", "a layer that is not merged")
-        self._add_to_weight(-1.0)
-        self.merged = None
+        factor = self.merged_factor
+        self._add_to_weight(-1.0, before=None if factor is None else 1.0 / factor)
+        self.merged_factor = self.merged = self._row_norms_squared = None
+
+    def _delta(self, name: str) -> tuple[Tensor, Tensor]:
+        """``A`` and ``scale * B * gate`` in the accumulation dtype: their product is what merging adds."""
+        dtype = accumulate_dtype(self.weight.dtype)
+        b = self.lora_B[name].to(dtype) * self.scaling(name)
+        return self.lora_A[name].to(dtype), b * self.lora_gate[name].to(dtype) if name in self.lora_gate else b
+
+    def _row_factor(self, name: str) -> Tensor | None:
+        """DoRA's ``m / |W + scale B A|``, ``[N]``, differentiable in ``m`` alone; None for other adapters."""
+        if name not in self.lora_magnitude:
+            return None
+        with torch.no_grad():
+            a, b = self._delta(name)
+            squared = self._row_norms_squared
+            if squared is None or squared.dtype != a.dtype:  # W was written, or module.to(dtype) was called
+                self._row_norms_squared = squared = row_norms_squared(self.weight)
+            norms = merged_row_norms(self.weight, squared, a, b)
+        return self.lora_magnitude[name] / norms
 
     @torch.no_grad()
-    def _add_to_weight(self, sign: float) -> None:
-        name = self.active_adapter
-        dtype = accumulate_dtype(self.weight.dtype)
-        a, b = self.lora_A[name].to(dtype), self.lora_B[name].to(dtype)
-        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-            bad("FusedLoRALinear", name, "finite adapter weights", "NaN or infinity", hint="the weight is untouched")
+    def _add_to_weight(self, sign: float, *, before: Tensor | None = None, after: Tensor | None = None) -> None:
+        a, b = self._delta(self.active_adapter)
+        if not all(bool(torch.isfinite(t).all()) for t in (a, b, before, after) if t is not None):
+            got = "NaN or infinity"
+            bad("FusedLoRALinear", self.active_adapter, "finite adapter weights", got, hint="the weight is untouched")
         for start in range(0, self.out_features, MERGE_ROWS):
-            rows = self.weight[start : start + MERGE_ROWS]
-            rows.copy_(torch.addmm(rows.to(dtype), b[start : start + MERGE_ROWS], a, alpha=sign * self.scaling(name)))
+            block = slice(start, start + MERGE_ROWS)
+            rows = self.weight[block].to(a.dtype)
+            if before is not None:
+                rows = rows * before[block, None]
+            rows = torch.addmm(rows, b[block], a, alpha=sign)
+            self.weight[block] = rows if after is None else rows * after[block, None]
 
     # ------------------------------------------------------------------------------------------------------- forward
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
         """``[..., in_features]`` to ``[..., out_features]``; see :func:`lowmem.ops.lora_linear`."""
-        name, scale, p, seed = self.active_adapter, 0.0, 0.0, None
-        if self._disabled:
-            if self.merged is None:
-                return F.linear(input, self.weight, self.bias)
-            scale = -self.scaling(name)  # the merged weight less its adapter is the base
-        elif self.merged is not None:
+        name = self.active_adapter
+        if self._disabled and self.merged is not None:
+            return self._base_of_merged(input)
+        if self._disabled or self.merged is not None:
             return F.linear(input, self.weight, self.bias)
-        else:
-            scale = self.scaling(name)
-            p = self.dropout[name] if self.training else 0.0
-            if p > 0:
-                seed = torch.randint(0, 2**62, (1,), device=input.device)
-        return lora_linear(
+        p = self.dropout[name] if self.training else 0.0
+        dora = name in self.lora_magnitude
+        y = lora_linear(
             input,
             self.weight,
             self.lora_A[name],
             self.lora_B[name],
-            scale,
-            bias=self.bias,
+            self.scaling(name),
+            bias=None if dora else self.bias,
+            gate=self.lora_gate[name] if name in self.lora_gate else None,
             p=p,
-            seed=seed,
+            seed=torch.randint(0, 2**62, (1,), device=input.device) if p > 0 else None,
             save_mask=self.mask == "bits",
         )
+        if not dora:
+            return y
+        factor = self._row_factor(name).to(y.dtype)  # type: ignore[union-attr]
+        return y * factor if self.bias is None else torch.addcmul(self.bias.to(y.dtype), y, factor)
+
+    def _base_of_merged(self, input: Tensor) -> Tensor:  # noqa: A002
+        # the merged weight is factor * (W + B A): take its adapter off again, on the output
+        a, b = (t.to(input.dtype) for t in self._delta(self.active_adapter))
+        factor = self.merged_factor
+        if factor is None:
+            return lora_linear(input, self.weight, a, b, -1.0, bias=self.bias)
+        y = lora_linear(input, self.weight, a, b * factor[:, None].to(b.dtype), -1.0) / factor.to(input.dtype)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """``nn.Linear``'s line and the adapters'."""
@@ -288,11 +368,14 @@ class FusedLoRALinear(nn.Linear):
                 f"{local_metadata['version']} (written by a newer lowmem)"
             )
             return
+        factor = state_dict.get(prefix + "merged_factor")  # a buffer only while DoRA is merged
+        self.merged_factor = None if factor is None else torch.empty_like(factor, device=self.weight.device)
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
         )
         if prefix + "weight" in state_dict:
             self.merged = local_metadata.get("merged")
+            self._row_norms_squared = None
 
 
 def lora_layers(module: nn.Module) -> Iterator[tuple[str, FusedLoRALinear]]:

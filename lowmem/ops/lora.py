@@ -227,6 +227,7 @@ class _LoRALinear(torch.autograd.Function):
         bias: Tensor | None,
         a: Tensor,
         b: Tensor,
+        gate: Tensor | None,
         scale: float,
         p: float,
         seed: Tensor | None,
@@ -234,17 +235,18 @@ class _LoRALinear(torch.autograd.Function):
         save_mask: bool,
     ) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
-        train = ctx.needs_input_grad
-        save_mask = save_mask and p > 0 and (train[0] or train[3])
+        need_x, need_w, _, need_a, need_b, need_gate = ctx.needs_input_grad[:6]
+        save_mask = save_mask and p > 0 and (need_x or need_a)
         s, mask = torch.ops.lowmem.lora_shrink(rows, a, scale, p, seed, child, save_mask)
-        y = torch.ops.lowmem.lora_expand(rows, base, s, b, bias)
+        y = torch.ops.lowmem.lora_expand(rows, base, s if gate is None else s * gate.to(s.dtype), b, bias)
         # x is saved as it came, so that layers over one input share its storage; W, A, B are parameters, not copies
         ctx.save_for_backward(
-            x if train[1] or train[3] else None,
+            x if need_w or need_a else None,
             base,
             a,
             b,
-            s if train[4] else None,
+            gate,
+            s if need_b or need_gate else None,
             mask if save_mask else None,
             None if save_mask else seed,
         )
@@ -253,17 +255,23 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, base, a, b, s, mask, seed = ctx.saved_tensors
-        need_x, need_w, need_bias, need_a, need_b = ctx.needs_input_grad[:5]
-        p, child = ctx.p, ctx.child
+        x, base, a, b, gate, s, mask, seed = ctx.saved_tensors
+        need_x, need_w, need_bias, need_a, need_b, need_gate = ctx.needs_input_grad[:6]
+        scale, p, child = ctx.scale, ctx.p, ctx.child
         dy = grad.reshape(-1, grad.shape[-1])
-        dx = dw = dbias = da = db = None
+        dx = dw = dbias = da = db = dgate = None
         ops = torch.ops.lowmem
+        g = None if gate is None else gate.to(dy.dtype)
+        outer = scale if g is None else 1.0  # with a gate, dy B is needed bare: dgate = sum(S * (dy B))
         if need_b:
-            ds, db = ops.lora_dy(dy, b, s, ctx.scale)
+            ds, db = ops.lora_dy(dy, b, s if g is None else s * g, outer)
             db = db.to(b.dtype)
-        elif need_x or need_a:
-            ds = (dy @ b.to(dy.dtype)).mul_(ctx.scale)
+        elif need_x or need_a or need_gate:
+            ds = (dy @ b.to(dy.dtype)).mul_(outer)
+        if need_gate:
+            dgate = (ds.to(accumulate_dtype(ds.dtype)) * s).sum(0).to(gate.dtype)
+        if g is not None and (need_x or need_a):
+            ds = ds * (g * scale)
         if need_x:
             dx = ops.lora_dx(dy, base, ds, a, mask, p, seed, child).view(*grad.shape[:-1], a.shape[1])
         if need_a or need_w:
@@ -274,10 +282,19 @@ class _LoRALinear(torch.autograd.Function):
             dw = dy.T @ rows
         if need_bias:
             dbias = dy.sum(0)
-        return dx, dw, dbias, da, db, None, None, None, None, None
+        return dx, dw, dbias, da, db, dgate, None, None, None, None, None
 
 
-def _check(x: Tensor, base: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | None, p: float, seed: Tensor | None) -> None:
+def _check(
+    x: Tensor,
+    base: Tensor | None,
+    a: Tensor,
+    b: Tensor,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    p: float,
+    seed: Tensor | None,
+) -> None:
     op = "lora_linear"
     if not x.is_floating_point():
         bad(op, "x", "a floating dtype", x.dtype, kind=TypeError)
@@ -296,7 +313,9 @@ def _check(x: Tensor, base: Tensor | None, a: Tensor, b: Tensor, bias: Tensor | 
             bad(op, "base", f"x's dtype {x.dtype}", base.dtype, hint="cast x, or run under torch.autocast", kind=TypeError)
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype):
         bad(op, "bias", f"shape [{n}] in {x.dtype}", f"shape {tuple(bias.shape)} in {bias.dtype}")
-    for name, t in (("base", base), ("A", a), ("B", b), ("bias", bias)):
+    if gate is not None and tuple(gate.shape) != (a.shape[0],):
+        bad(op, "gate", f"shape [{a.shape[0]}] (r = A's rows)", f"shape {tuple(gate.shape)}")
+    for name, t in (("base", base), ("A", a), ("B", b), ("bias", bias), ("gate", gate)):
         if t is None:
             continue
         if not t.is_floating_point():
@@ -320,12 +339,13 @@ def lora_linear(
     scale: float,
     *,
     bias: Tensor | None = None,
+    gate: Tensor | None = None,
     p: float = 0.0,
     seed: Tensor | None = None,
     child: int = 0,
     save_mask: bool = True,
 ) -> Tensor:
-    """``y = x base^T + bias + scale * drop_p(x) A^T B^T`` (LoRA, arXiv 2106.09685; split as LoRAFusion, 2510.00206).
+    """``y = x base^T + bias + scale * ((drop_p(x) A^T) * gate) B^T`` (LoRA, arXiv 2106.09685; split as LoRAFusion, 2510.00206).
 
     Args:
         x: ``[..., K]``, float; any leading shape, zero rows included.
@@ -333,6 +353,8 @@ def lora_linear(
         A: ``[r, K]``; B: ``[N, r]``; any r >= 1, any floating dtype (rounded to ``x.dtype`` where a tensor core needs it).
         scale: usually ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
         bias: ``[N]`` in ``x.dtype``.
+        gate: ``[r]``, any floating dtype: a factor for each rank (SoRA, 2311.11696; SVFit, 2409.05926). With A and B
+            frozen only ``S`` is saved for its gradient.
         p: drop probability of the adapter's input, expressed in 1/65536ths; 1 drops everything.
         seed: int64 of one element on x's device, required when ``p > 0``: same seed, same mask, on every backend.
         child: distinguishes layers that share one seed.
@@ -352,6 +374,6 @@ def lora_linear(
             base = base if base is None else base.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return lora_linear(x, base, A, B, scale, bias=bias, p=p, seed=seed, child=child, save_mask=save_mask)
-    _check(x, base, A, B, bias, p, seed)
-    return _LoRALinear.apply(x, base, bias, A, B, scale, p, seed if p > 0 else None, child, save_mask)
+            return lora_linear(x, base, A, B, scale, bias=bias, gate=gate, p=p, seed=seed, child=child, save_mask=save_mask)
+    _check(x, base, A, B, bias, gate, p, seed)
+    return _LoRALinear.apply(x, base, bias, A, B, gate, scale, p, seed if p > 0 else None, child, save_mask)
