@@ -9,14 +9,15 @@ torch in the dtype under test. A kernel passes where::
 ``tiny`` covers the draws in which torch's own error happens to vanish (one element, a sum of one term) and is derived,
 never chosen by hand::
 
-    tiny = eps(dtype) * max(|exact|, |rounded_1|, ...)  +  eps(accumulator) * max(terms)
+    tiny = max(eps(dtype) * |exact|, eps(rounded_to) * |rounded_1|, ...)  +  eps(accumulator) * max(terms)
 
-The first term is one rounding of the result to ``dtype`` (and of each intermediate value that the operator is
-documented to round on its way: ``rounded``). The second is one rounding per unit of ``terms``, the same formula
-evaluated on the inputs' absolute values, which bounds every partial sum in any order of summation; it is what separates
-a legitimate reordering from an error where terms cancel. The accumulator is fp32 for 16-bit floats and the dtype itself
-otherwise. In float64 the reference is no more exact than what it judges, so torch's error cannot be measured: ``tiny``
-stands for it, and the bound is ``3 * tiny``.
+The first term is one rounding of the result to ``dtype``, or of an intermediate value that the operator is documented
+to round on its way (``rounded``, in the result's units; ``rounded_to`` is the dtype they are rounded to, the result's
+own unless given). The second is one rounding per unit of ``terms``, the same formula evaluated on the inputs' absolute
+values, which bounds every partial sum in any order of summation; it is what separates a legitimate reordering from an
+error where terms cancel. The accumulator is fp32 for 16-bit floats and the dtype itself otherwise. In float64 the
+reference is no more exact than what it judges, so torch's error cannot be measured: ``tiny`` stands for it, and the
+bound is ``3 * tiny``.
 """
 
 from __future__ import annotations
@@ -112,12 +113,20 @@ def _largest(value: Tensor | None) -> float:
     return float(finite.max()) if finite.numel() else 0.0
 
 
-def tiny(exact: Tensor, dtype: torch.dtype, *, terms: Tensor | None = None, rounded: Iterable[Tensor] = ()) -> float:
+def tiny(
+    exact: Tensor,
+    dtype: torch.dtype,
+    *,
+    terms: Tensor | None = None,
+    rounded: Iterable[Tensor] = (),
+    rounded_to: torch.dtype | None = None,
+) -> float:
     """The rule's second summand (see the module's head) for a result in ``dtype``; also one subnormal step of it."""
     info = torch.finfo(dtype)
-    size = max([_largest(exact), *map(_largest, rounded)])
+    middle = torch.finfo(rounded_to or dtype).eps
+    size = max([info.eps * _largest(exact), *(middle * _largest(value) for value in rounded)])
     partial = _largest(exact if terms is None else terms)
-    return info.eps * size + torch.finfo(_accumulator(dtype)).eps * partial + info.smallest_normal * info.eps
+    return size + torch.finfo(_accumulator(dtype)).eps * partial + info.smallest_normal * info.eps
 
 
 def max_error(actual: Tensor, exact: Tensor) -> float:
@@ -130,7 +139,12 @@ def max_error(actual: Tensor, exact: Tensor) -> float:
 
 
 def error_bound(
-    exact: Tensor, lowprec: Tensor, *, terms: Tensor | None = None, rounded: Iterable[Tensor] = ()
+    exact: Tensor,
+    lowprec: Tensor,
+    *,
+    terms: Tensor | None = None,
+    rounded: Iterable[Tensor] = (),
+    rounded_to: torch.dtype | None = None,
 ) -> float:
     """``2 * max|lowprec - exact| + tiny``, in float64 at least ``3 * tiny``. Raises ValueError where torch's own
     low-precision result is not finite but the exact one is: such inputs would let anything pass."""
@@ -140,7 +154,7 @@ def error_bound(
             f"lowmem.error_bound: lowprec: expected finite values where exact is finite, got others (torch overflows "
             f"in {lowprec.dtype} on these inputs, which therefore cannot judge a kernel)"
         )
-    least = tiny(exact, lowprec.dtype, terms=terms, rounded=rounded)
+    least = tiny(exact, lowprec.dtype, terms=terms, rounded=rounded, rounded_to=rounded_to)
     return 2.0 * (max(torch_error, least) if lowprec.dtype == torch.float64 else torch_error) + least
 
 
@@ -151,6 +165,7 @@ def assert_close_to_reference(
     *,
     terms: Tensor | None = None,
     rounded: Iterable[Tensor] = (),
+    rounded_to: torch.dtype | None = None,
     what: str = "result",
 ) -> None:
     """AssertionError unless ``actual`` has ``lowprec``'s shape and dtype, the exact result's infinities and NaNs in the
@@ -160,7 +175,7 @@ def assert_close_to_reference(
             f"{what}: expected shape {tuple(lowprec.shape)} in {lowprec.dtype}, "
             f"got {tuple(actual.shape)} in {actual.dtype}"
         )
-    bound = error_bound(exact, lowprec, terms=terms, rounded=rounded)
+    bound = error_bound(exact, lowprec, terms=terms, rounded=rounded, rounded_to=rounded_to)
     error = max_error(actual, exact)
     if error <= bound:
         return
