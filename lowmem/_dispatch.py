@@ -1,4 +1,5 @@
-"""Which backend serves an operator: one definition form for all operators, library loading, and the ``backends()`` table.
+"""Which backend serves an operator: one definition form for all operators, library loading, and the ``backends()``
+table.
 
 A schema is written once, here, from Python (``define``). The plain-torch reference serves every device under the
 dispatcher's default key; ``lowmem/_C`` (C++, CPU) and ``lowmem/_C_cuda`` (CUDA C++) add kernels when they load, and
@@ -121,11 +122,11 @@ def define(
     """Define ``lowmem::<name>``.
 
     ``fake`` gives output shapes, ``reference`` is the plain-torch kernel of every device. ``cpp`` names the libraries
-    whose sources hold an IMPL block for it: ``"cpu"`` (``lowmem/_C``) and ``"cuda"`` (``lowmem/_C_cuda``, which registers
-    ``lowmem_c::<name>`` for a launcher to choose from). ``cpu`` and ``cuda`` are Python kernels for those devices, over
-    other operators or Triton; the first is left out for ``LOWMEM_BACKEND=reference``, the second also where neither
-    Triton nor ``lowmem/_C_cuda`` can serve. The operator has no derivative of its own: differentiating through it
-    raises, instead of torch's silent zero.
+    whose sources hold an IMPL block for it: ``"cpu"`` (``lowmem/_C``) and ``"cuda"`` (``lowmem/_C_cuda``, which
+    registers ``lowmem_c::<name>`` for a launcher to choose from). ``cpu`` and ``cuda`` are Python kernels for those
+    devices, over other operators or Triton; the first is left out for ``LOWMEM_BACKEND=reference``, the second also
+    where neither Triton nor ``lowmem/_C_cuda`` can serve. The operator has no derivative of its own: differentiating
+    through it raises, instead of torch's silent zero.
     """
     qual = f"lowmem::{name}"
     torch.library.define(qual, schema)
@@ -160,8 +161,8 @@ def _register_no_autograd(name: str) -> None:
 
 
 def serving(name: str, device: str) -> tuple[str, str]:
-    """``(backend, reason)``: which backend serves ``lowmem::<name>`` on ``device`` ('cpu' or 'cuda'); the reason is why a
-    faster one does not, or ''."""
+    """``(backend, reason)``: which backend serves ``lowmem::<name>`` on ``device`` ('cpu' or 'cuda'); the reason is why
+    a faster one does not, or ''."""
     operator = OPERATORS[name]
     if device == "cpu":
         if "cpu" in operator.launchers:

@@ -39,7 +39,7 @@ def _targets(model: nn.Module, target_modules: str | Collection[str]) -> dict[st
     head = output_head(model)
     candidates = dict(model.named_modules(remove_duplicate=False))
     if target_modules == "all-linear":
-        return {name: m for name, m in candidates.items() if name and not why_not(m, head)}  # type: ignore[misc]
+        return {name: m for name, m in candidates.items() if name and not why_not(m, head)}
     if isinstance(target_modules, str):
         pattern = re.compile(target_modules)
         matched = {name: m for name, m in candidates.items() if pattern.fullmatch(name)}
@@ -50,7 +50,7 @@ def _targets(model: nn.Module, target_modules: str | Collection[str]) -> dict[st
         reason = why_not(module)
         if reason:
             bad("convert", "target_modules", "names of nn.Linear layers", f"{name!r}: {reason}", kind=TypeError)
-    return matched  # type: ignore[return-value]
+    return matched
 
 
 def _suffix_in(name: str, wanted: set[str]) -> bool:
@@ -70,7 +70,8 @@ def convert(
     mask: Literal["bits", "seed"] = "bits",
     name: str = "default",
 ) -> Model:
-    """Replace linear layers by :class:`lowmem.nn.FusedLoRALinear` in place, freeze everything but the adapters, return ``model``.
+    """Replace linear layers by :class:`lowmem.nn.FusedLoRALinear` in place, freeze everything but the adapters, return
+    ``model``.
 
     The layers share the weights they had: no copy of the model is made. Nothing is changed unless all of it can be.
 
@@ -80,7 +81,8 @@ def convert(
         alpha: numerator of the scale ``alpha / r``; None means ``r``, a scale of 1.
         dropout: drop probability of the adapters' input while training.
         target_modules: ``"all-linear"`` (every plain ``nn.Linear`` but the output head), another string as a regular
-            expression that must match a module's whole name, or a collection of names or dotted suffixes of names, as in PEFT.
+            expression that must match a module's whole name, or a collection of names or dotted suffixes of names, as
+            in PEFT.
         use_rslora, adapter_dtype, mask, name: see :class:`lowmem.nn.FusedLoRALinear`.
 
     Raises ValueError or TypeError ``lowmem.convert: <argument>: expected ..., got ...``: nothing matches, a match is no
@@ -94,7 +96,12 @@ def convert(
     targets = _targets(model, target_modules)
     if not targets:
         linears = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear)})
-        bad("convert", "target_modules", f"names of nn.Linear layers (there are: {', '.join(linears) or 'none'})", repr(target_modules))
+        bad(
+            "convert",
+            "target_modules",
+            f"names of nn.Linear layers (there are: {', '.join(linears) or 'none'})",
+            repr(target_modules),
+        )
     layers: dict[int, FusedLoRALinear] = {}  # one layer for a module that is used in several places
     for module in targets.values():
         if id(module) not in layers:

@@ -24,7 +24,9 @@ class Table:
         """The table as aligned text."""
         lines = [self.columns, *self.rows]
         widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
-        text = "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+        text = "\n".join(
+            "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines
+        )
         return f"{text}\n{self.footer}" if self.footer else text
 
     __repr__ = __str__
@@ -46,15 +48,16 @@ class Report(Table):
 
 def saved_bytes_per_row(layer: FusedLoRALinear) -> tuple[int, int]:
     """Bytes that ``layer`` saves for backward per row of its input while training: ``(x, which siblings over the same x
-    share, S and mask)``: ``K * itemsize`` and ``r * itemsize + 4 * ceil(K / 32)`` (the last only with dropout and bits)."""
+    share, S and mask)``: ``K * itemsize`` and ``r * itemsize + 4 * ceil(K / 32)`` (the last only with dropout and
+    bits)."""
     name, item = layer.active_adapter, layer.weight.element_size()
     bits = 4 * ((layer.in_features + 31) // 32) if layer.dropout[name] > 0 and layer.mask == "bits" else 0
     return layer.in_features * item, layer.r[name] * item + bits
 
 
 def report(model: nn.Module) -> Report:
-    """A row for every linear layer of ``model``: the adapter, the backend, bytes saved for backward per row of input (``x``,
-    shared by layers over one input, ``+`` what is the layer's own), or why the layer is not converted."""
+    """A row for every linear layer of ``model``: the adapter, the backend, bytes saved for backward per row of input
+    (``x``, shared by layers over one input, ``+`` what is the layer's own), or why the layer is not converted."""
     head, rows, converted = output_head(model), [], 0
     for name, module in model.named_modules():
         if isinstance(module, FusedLoRALinear):
@@ -73,4 +76,6 @@ def report(model: nn.Module) -> Report:
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
     footer = f"{converted} of {len(rows)} linear layers converted; {trainable:,} of {total:,} parameters train"
-    return Report(("layer", "adapter", "backend", "saved B/row", "why not more"), tuple(rows), footer, converted, trainable, total)
+    return Report(
+        ("layer", "adapter", "backend", "saved B/row", "why not more"), tuple(rows), footer, converted, trainable, total
+    )

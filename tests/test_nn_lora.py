@@ -111,10 +111,11 @@ def test_fp32_adapters_over_bf16_base_are_the_default_and_keep_no_fp32_copy_of_x
 
 
 def test_saved_bytes_of_qkv_and_of_a_llama_block_against_peft():
-    """The issue's figures: q/k/v at most 0.30 of PEFT's bytes and a block's seven linears at most 0.55, r=16, p=0.1, bf16.
+    """The issue's figures: q/k/v at most 0.30 of PEFT's bytes and a block's seven linears at most 0.55, r=16, p=0.1,
+    bf16.
 
-    PEFT's bytes are counted on this device, whose dropout may keep a 2-byte noise tensor where CUDA's keeps a 1-byte mask;
-    the bound is held against the smaller of the two."""
+    PEFT's bytes are counted on this device, whose dropout may keep a 2-byte noise tensor where CUDA's keeps a 1-byte
+    mask; the bound is held against the smaller of the two."""
     rows, hidden, wide = 96, 256, 896
     inputs = {"attn": hidden, "o": hidden, "mlp": hidden, "down": wide}
     linears = [("attn", hidden)] * 3 + [("o", hidden)] + [("mlp", wide)] * 2 + [("down", hidden)]

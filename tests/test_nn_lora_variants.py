@@ -118,7 +118,9 @@ def test_gate_against_autograd_of_the_formula():
     class Plain(nn.Module):
         def __init__(self):
             super().__init__()
-            self.a, self.b, self.g = (nn.Parameter(p["default"].clone()) for p in (fused.lora_A, fused.lora_B, fused.lora_gate))
+            self.a, self.b, self.g = (
+                nn.Parameter(p["default"].clone()) for p in (fused.lora_A, fused.lora_B, fused.lora_gate)
+            )
 
         def forward(self, x):
             return F.linear(x, fused.weight, fused.bias) + 2.0 * ((x @ self.a.T) * self.g) @ self.b.T
@@ -233,5 +235,7 @@ def test_compile_fullgraph(options):
     torch._dynamo.reset()
     fused = layer(dropout=0.0, **options)
     x = torch.randn(6, 40, dtype=F64)
-    for eager, ours in zip(grads(fused, x), grads(torch.compile(fused, fullgraph=True, backend="aot_eager"), x), strict=True):
+    for eager, ours in zip(
+        grads(fused, x), grads(torch.compile(fused, fullgraph=True, backend="aot_eager"), x), strict=True
+    ):
         torch.testing.assert_close(ours, eager)

@@ -19,8 +19,9 @@ def merged_row_norms(weight: Tensor, squared: Tensor, a: Tensor, b: Tensor) -> T
     """``|W_n + (B A)_n|`` of every row, ``[N]`` in ``a``'s dtype, from ``squared = |W_n|^2``.
 
     ``|W_n + b_n A|^2 = |W_n|^2 + 2 b_n . (A W^T)_n + b_n (A A^T) b_n^T``: one GEMM of rank r over ``W`` ``[N, K]`` and
-    ``[N, r]`` numbers in place of the ``[N, K]`` product. ``a`` ``[r, K]`` and ``b`` ``[N, r]`` (scale and gate folded in)
-    are in the accumulation dtype; the result is at least the smallest normal number, so that a zero row divides to zero.
+    ``[N, r]`` numbers in place of the ``[N, K]`` product. ``a`` ``[r, K]`` and ``b`` ``[N, r]`` (scale and gate folded
+    in) are in the accumulation dtype; the result is at least the smallest normal number, so that a zero row divides to
+    zero.
     """
     cross = (weight @ a.to(weight.dtype).T).to(a.dtype)
     total = squared + (b * (2.0 * cross + b @ (a @ a.T))).sum(1)

@@ -36,11 +36,12 @@ def _check_adapter(name: str, r: int, alpha: float, dropout: float) -> None:
 class FusedLoRALinear(nn.Linear):
     """``y = x W^T + bias + scale * drop_p(x) A^T B^T`` with ``W`` and ``bias`` frozen (LoRA, arXiv 2106.09685).
 
-    ``scale = alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora`` (arXiv 2312.03732). Several adapters may live on one
-    layer under different names; one is active at a time.
+    ``scale = alpha / r``, or ``alpha / sqrt(r)`` with ``use_rslora`` (arXiv 2312.03732). Several adapters may live on
+    one layer under different names; one is active at a time.
 
-    Saved for backward, per input row: ``in_features * itemsize`` for ``x`` (one storage shared by all layers over the same
-    ``x``), ``r * itemsize`` for S and, with dropout, ``in_features / 8`` for the mask's bits, or 0 with ``mask="seed"``.
+    Saved for backward, per input row: ``in_features * itemsize`` for ``x`` (one storage shared by all layers over the
+    same ``x``), ``r * itemsize`` for S and, with dropout, ``in_features / 8`` for the mask's bits, or 0 with
+    ``mask="seed"``.
 
     Args:
         in_features, out_features: K and N.
@@ -56,9 +57,9 @@ class FusedLoRALinear(nn.Linear):
         name: the first adapter's name.
         device, dtype: of a new weight.
 
-    ``state_dict`` keys: ``weight``, ``bias``, ``lora_A.<name>`` ``[r, K]``, ``lora_B.<name>`` ``[N, r]`` and, where there
-    are any, ``lora_gate.<name>`` ``[r]`` and ``lora_magnitude.<name>`` ``[N]``. A is initialised as in ``nn.Linear``, B with
-    zeros, a gate with ones, a magnitude with the norms of W's rows.
+    ``state_dict`` keys: ``weight``, ``bias``, ``lora_A.<name>`` ``[r, K]``, ``lora_B.<name>`` ``[N, r]`` and, where
+    there are any, ``lora_gate.<name>`` ``[r]`` and ``lora_magnitude.<name>`` ``[N]``. A is initialised as in
+    ``nn.Linear``, B with zeros, a gate with ones, a magnitude with the norms of W's rows.
 
     Raises ValueError or TypeError ``lowmem.FusedLoRALinear: <argument>: expected ..., got ...``.
     """
@@ -141,8 +142,8 @@ class FusedLoRALinear(nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> FusedLoRALinear:
-        """A layer over ``linear``'s own weight and bias parameters (shared, not copied; both are frozen). ``options``: r,
-        alpha and whatever else the constructor takes but sizes, base and bias."""
+        """A layer over ``linear``'s own weight and bias parameters (shared, not copied; both are frozen). ``options``:
+        r, alpha and whatever else the constructor takes but sizes, base and bias."""
         op = "FusedLoRALinear"
         if isinstance(linear, FusedLoRALinear):
             bad(op, "linear", "a plain nn.Linear", "a FusedLoRALinear", hint="add_adapter gives it another adapter")
@@ -157,12 +158,14 @@ class FusedLoRALinear(nn.Linear):
 
     @classmethod
     @torch.no_grad()
-    def from_svd(cls, linear: nn.Linear, *, r: int, train: Collection[str] = ("gate",), name: str = "default") -> FusedLoRALinear:
+    def from_svd(
+        cls, linear: nn.Linear, *, r: int, train: Collection[str] = ("gate",), name: str = "default"
+    ) -> FusedLoRALinear:
         """SVFit (arXiv 2409.05926): ``W = U_r diag(sigma) V_r^T + W_e`` by the SVD in fp32 (fp64 for fp64), with
         ``A = V_r^T``, ``B = U_r``, ``gate = sigma``, scale 1, and ``W_e`` written over ``linear``'s weight.
 
-        With only the gate training, backward keeps ``r`` numbers a row and no ``x``. At the start the layer computes what
-        ``linear`` did, to within the rounding of ``W_e``. r is at most ``min(N, K)``.
+        With only the gate training, backward keeps ``r`` numbers a row and no ``x``. At the start the layer computes
+        what ``linear`` did, to within the rounding of ``W_e``. r is at most ``min(N, K)``.
         """
         rank = min(linear.weight.shape)
         if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= rank:
@@ -191,15 +194,15 @@ class FusedLoRALinear(nn.Linear):
         gate: bool = False,
         train: Collection[str] = PARTS,
     ) -> None:
-        """Add adapter ``name`` (B zero, so the output does not change). It is frozen until :meth:`set_adapter` makes it the
-        active one.
+        """Add adapter ``name`` (B zero, so the output does not change). It is frozen until :meth:`set_adapter` makes it
+        the active one.
 
         Args:
             name: any string without dots that is not taken.
             r, alpha, dropout, use_rslora, adapter_dtype: as for the class.
-            use_dora: ``y = m / |W + scale B A| * (x W^T + scale * drop(x) A^T B^T) + bias`` with a trained magnitude ``m``
-                ``[N]`` (DoRA, arXiv 2402.09353, section 4.3: the norm of each row is taken as a constant). Saves ``N``
-                more numbers a row; the norm needs no dense copy of the weight. PEFT drops x in the base term too.
+            use_dora: ``y = m / |W + scale B A| * (x W^T + scale * drop(x) A^T B^T) + bias`` with a trained magnitude
+                ``m`` ``[N]`` (DoRA, arXiv 2402.09353, section 4.3: the norm of each row is taken as a constant). Saves
+                ``N`` more numbers a row; the norm needs no dense copy of the weight. PEFT drops x in the base term too.
             gate: a trained factor for each rank (SoRA, arXiv 2311.11696); see :func:`lowmem.optim.prox_l1_`.
             train: which parts train once active, of ``A``, ``B``, ``gate``, ``magnitude``. ``("B",)`` is LoRA-FA (arXiv
                 2308.03303), which saves ``S`` alone and no ``x``.
@@ -249,8 +252,8 @@ class FusedLoRALinear(nn.Linear):
     # --------------------------------------------------------------------------------------------------------- merge
 
     def merge(self) -> None:
-        """``W += scale * B A`` with the active adapter (gate and magnitude included), computed in fp32 and rounded once;
-        forward then costs one GEMM. Refused, with W untouched, where the adapter holds NaN or infinity."""
+        """``W += scale * B A`` with the active adapter (gate and magnitude included), computed in fp32 and rounded
+        once; forward then costs one GEMM. Refused, with W untouched, where the adapter holds NaN or infinity."""
         if self.merged is not None:
             bad("FusedLoRALinear", "merge", "a layer that is not merged", f"{self.merged!r} merged")
         name = self.active_adapter
@@ -340,7 +343,8 @@ class FusedLoRALinear(nn.Linear):
     def extra_repr(self) -> str:
         """``nn.Linear``'s line and the adapters'."""
         adapters = ", ".join(
-            f"{name}(r={self.r[name]}, alpha={self.alpha[name]:g}, dropout={self.dropout[name]:g})" for name in self.lora_A
+            f"{name}(r={self.r[name]}, alpha={self.alpha[name]:g}, dropout={self.dropout[name]:g})"
+            for name in self.lora_A
         )
         return f"{super().extra_repr()}, active={self.active_adapter}, adapters=[{adapters}]"
 

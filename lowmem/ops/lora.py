@@ -86,7 +86,8 @@ def expand_fake(x: Tensor, w: Tensor | None, s: Tensor, b: Tensor, bias: Tensor 
 
 
 def expand_reference(x: Tensor, w: Tensor | None, s: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """``y = x w^T + s b^T + bias``: ``[M, N]`` in ``x.dtype``; ``w`` None leaves the first term out. ``s`` is scaled."""
+    """``y = x w^T + s b^T + bias``: ``[M, N]`` in ``x.dtype``; ``w`` None leaves the first term out. ``s`` is
+    scaled."""
     delta = s @ b.to(s.dtype).T
     if w is not None:
         delta = delta.add_(x @ w.T)
@@ -201,7 +202,9 @@ def _launcher(name: str) -> Any:
 
 
 define("lora_shrink", SHRINK, fake=shrink_fake, reference=shrink_reference, cpp=("cpu",), cuda=_launcher("shrink"))
-define("lora_expand", EXPAND, fake=expand_fake, reference=expand_reference, cpu=_expand_composed, cuda=_launcher("expand"))
+define(
+    "lora_expand", EXPAND, fake=expand_fake, reference=expand_reference, cpu=_expand_composed, cuda=_launcher("expand")
+)
 define("lora_dy", DY, fake=dy_fake, reference=dy_reference, cpp=("cpu", "cuda"), cuda=_launcher("dy"))
 define(
     "lora_masked_expand_",
@@ -310,7 +313,14 @@ def _check(
         if tuple(base.shape) != (n, k):
             bad(op, "base", f"shape [{n}, {k}] (B's rows, x's last dimension)", f"shape {tuple(base.shape)}")
         if base.dtype != x.dtype:
-            bad(op, "base", f"x's dtype {x.dtype}", base.dtype, hint="cast x, or run under torch.autocast", kind=TypeError)
+            bad(
+                op,
+                "base",
+                f"x's dtype {x.dtype}",
+                base.dtype,
+                hint="cast x, or run under torch.autocast",
+                kind=TypeError,
+            )
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype):
         bad(op, "bias", f"shape [{n}] in {x.dtype}", f"shape {tuple(bias.shape)} in {bias.dtype}")
     if gate is not None and tuple(gate.shape) != (a.shape[0],):
@@ -326,7 +336,13 @@ def _check(
         bad(op, "p", "a probability in [0, 1]", p)
     if p > 0:
         if seed is None:
-            bad(op, "seed", "an int64 tensor of one element, since p > 0", None, hint="torch.randint(0, 2**62, (1,), device=x.device)")
+            bad(
+                op,
+                "seed",
+                "an int64 tensor of one element, since p > 0",
+                None,
+                hint="torch.randint(0, 2**62, (1,), device=x.device)",
+            )
         if seed.dtype != torch.int64 or seed.numel() != 1 or seed.device != x.device:
             bad(op, "seed", f"int64 of one element on {x.device}", f"{seed.dtype} of {seed.numel()} on {seed.device}")
 
@@ -345,12 +361,14 @@ def lora_linear(
     child: int = 0,
     save_mask: bool = True,
 ) -> Tensor:
-    """``y = x base^T + bias + scale * ((drop_p(x) A^T) * gate) B^T`` (LoRA, arXiv 2106.09685; split as LoRAFusion, 2510.00206).
+    """``y = x base^T + bias + scale * ((drop_p(x) A^T) * gate) B^T`` (LoRA, arXiv 2106.09685; split as LoRAFusion,
+    2510.00206).
 
     Args:
         x: ``[..., K]``, float; any leading shape, zero rows included.
         base: ``[N, K]`` in ``x.dtype``, or None for the low-rank term alone.
-        A: ``[r, K]``; B: ``[N, r]``; any r >= 1, any floating dtype (rounded to ``x.dtype`` where a tensor core needs it).
+        A: ``[r, K]``; B: ``[N, r]``; any r >= 1, any floating dtype (rounded to ``x.dtype`` where a tensor core
+            needs it).
         scale: usually ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
         bias: ``[N]`` in ``x.dtype``.
         gate: ``[r]``, any floating dtype: a factor for each rank (SoRA, 2311.11696; SVFit, 2409.05926). With A and B
@@ -358,13 +376,15 @@ def lora_linear(
         p: drop probability of the adapter's input, expressed in 1/65536ths; 1 drops everything.
         seed: int64 of one element on x's device, required when ``p > 0``: same seed, same mask, on every backend.
         child: distinguishes layers that share one seed.
-        save_mask: keep ``M * ceil(K/32) * 4`` bytes of bits for backward; False keeps the seed alone and draws them again.
+        save_mask: keep ``M * ceil(K/32) * 4`` bytes of bits for backward; False keeps the seed alone and draws them
+            again.
 
     Returns ``[..., N]`` in ``x.dtype``. Under ``torch.autocast`` x, base and bias are cast first, as ``F.linear`` does.
     Saved for backward: ``x``, ``S [M, r]`` and the bits or the seed: ``M * (K + r) * itemsize + M * K / 8`` bytes, of
     which ``x`` is shared with every other layer over the same input.
 
-    Raises ValueError or TypeError ``lowmem.lora_linear: <argument>: expected ..., got ...`` before anything is computed.
+    Raises ValueError or TypeError ``lowmem.lora_linear: <argument>: expected ..., got ...`` before anything is
+    computed.
     """
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
@@ -374,6 +394,8 @@ def lora_linear(
             base = base if base is None else base.to(dtype)
             bias = bias if bias is None else bias.to(dtype)
         with torch.autocast(kind, enabled=False):
-            return lora_linear(x, base, A, B, scale, bias=bias, gate=gate, p=p, seed=seed, child=child, save_mask=save_mask)
+            return lora_linear(
+                x, base, A, B, scale, bias=bias, gate=gate, p=p, seed=seed, child=child, save_mask=save_mask
+            )
     _check(x, base, A, B, bias, gate, p, seed)
     return _LoRALinear.apply(x, base, bias, A, B, gate, scale, p, seed if p > 0 else None, child, save_mask)

@@ -20,7 +20,8 @@ def _number(op: str, argument: str, value: Any, expected: str, ok: bool) -> None
 
 @torch.no_grad()
 def prox_l1_(parameters: Tensor | Iterable[Tensor], threshold: float) -> None:
-    """The proximal step of an L1 penalty, in place: ``g <- sign(g) * max(|g| - threshold, 0)`` (SoRA, arXiv 2311.11696).
+    """The proximal step of an L1 penalty, in place: ``g <- sign(g) * max(|g| - threshold, 0)`` (SoRA, arXiv
+    2311.11696).
 
     Call it after the optimizer's step with ``threshold = lr * penalty``; gates that reach zero stay there while their
     gradient is smaller than the penalty. A threshold of 0 changes nothing.
@@ -36,10 +37,11 @@ def prox_l1_(parameters: Tensor | Iterable[Tensor], threshold: float) -> None:
 
 
 def lora_plus_groups(model: nn.Module, lr: float, *, ratio: float = 16.0, **options: Any) -> list[dict[str, Any]]:
-    """Parameter groups of LoRA+ (arXiv 2402.12354): B learns with ``lr * ratio``, every other trainable parameter with ``lr``.
+    """Parameter groups of LoRA+ (arXiv 2402.12354): B learns with ``lr * ratio``, every other trainable parameter with
+    ``lr``.
 
-    ``options`` (weight_decay, ...) go into both groups. Give the list to any torch optimizer. Raises where ``model`` has no
-    trainable B.
+    ``options`` (weight_decay, ...) go into both groups. Give the list to any torch optimizer. Raises where ``model``
+    has no trainable B.
     """
     op = "lora_plus_groups"
     _number(op, "lr", lr, "a finite number > 0", lr > 0)
