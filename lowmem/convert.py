@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
 
 from ._errors import bad
 from .nn.lora import FusedLoRALinear, _check_adapter, lora_layers
+from .nn.lora_group import FusedLoRAGroup, groups_by_call, groups_by_name
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -69,6 +70,7 @@ def convert(
     adapter_dtype: torch.dtype | None = None,
     mask: Literal["bits", "seed"] = "bits",
     name: str = "default",
+    example_inputs: Any = None,
 ) -> Model:
     """Replace linear layers by :class:`lowmem.nn.FusedLoRALinear` in place, freeze everything but the adapters, return
     ``model``.
@@ -84,6 +86,11 @@ def convert(
             expression that must match a module's whole name, or a collection of names or dotted suffixes of names, as
             in PEFT.
         use_rslora, adapter_dtype, mask, name: see :class:`lowmem.nn.FusedLoRALinear`.
+
+        example_inputs: arguments for one call of ``model`` (a dict of keywords, a tuple, or a tensor), made here once
+            in
+            eval mode without gradients, to see which layers read the same tensor: those are grouped
+            (:class:`lowmem.nn.FusedLoRAGroup`). None groups q/k/v and gate/up projections by their usual names.
 
     Raises ValueError or TypeError ``lowmem.convert: <argument>: expected ..., got ...``: nothing matches, a match is no
     plain ``nn.Linear``, or the model is converted already.
@@ -119,4 +126,7 @@ def convert(
     for qualified, module in targets.items():
         parent, _, child = qualified.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[id(module)])
+    found = groups_by_name(model) if example_inputs is None else groups_by_call(model, example_inputs)
+    for parent, members in found:
+        FusedLoRAGroup(members).attach(parent)
     return model

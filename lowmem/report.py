@@ -69,7 +69,8 @@ def report(model: nn.Module) -> Report:
                 backend, reason = "reference", "float64 is not served on CUDA"
             adapter = module.active_adapter
             shared, own = saved_bytes_per_row(module)
-            rows.append((name, f"{adapter} r={module.r[adapter]}", backend, f"{shared}+{own}", reason))
+            group = f", group of {len(module.group.layers)}" if module.group else ""
+            rows.append((name, f"{adapter} r={module.r[adapter]}{group}", backend, f"{shared}+{own}", reason))
         elif isinstance(module, nn.Linear):
             rows.append((name, "-", "torch", "-", why_not(module, head) or "not a target"))
     parameters = list(model.parameters())

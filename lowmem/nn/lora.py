@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .._errors import bad
-from ..ops.lora import accumulate_dtype, lora_linear
+from ..ops.lora import Adapted, accumulate_dtype, lora_group, lora_linear
 from .dora import merged_row_norms, row_norms_squared
 
 MERGE_ROWS = 1024  # rows of W that merge() holds in fp32 at a time
@@ -139,6 +139,7 @@ class FusedLoRALinear(nn.Linear):
         self.register_buffer("merged_factor", None)  # DoRA's m / norm [N] while merged: what unmerge() divides by
         self.register_buffer("_row_norms_squared", None, persistent=False)  # of W [N], where an adapter is DoRA
         self._disabled = 0
+        self.group: Any = None  # the FusedLoRAGroup that may answer for this layer (lora_group.py)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> FusedLoRALinear:
@@ -305,30 +306,40 @@ class FusedLoRALinear(nn.Linear):
 
     # ------------------------------------------------------------------------------------------------------- forward
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
-        """``[..., in_features]`` to ``[..., out_features]``; see :func:`lowmem.ops.lora_linear`."""
+    def computes_plain_lora(self) -> bool:
+        """Whether forward is one :func:`lowmem.ops.lora_linear`: neither disabled nor merged nor DoRA."""
+        return not self._disabled and self.merged is None and self.active_adapter not in self.lora_magnitude
+
+    def adapted(self, device: torch.device) -> Adapted:
+        """The operator's arguments for a call now; draws the dropout seed on ``device`` where one is needed."""
         name = self.active_adapter
-        if self._disabled and self.merged is not None:
-            return self._base_of_merged(input)
-        if self._disabled or self.merged is not None:
-            return F.linear(input, self.weight, self.bias)
         p = self.dropout[name] if self.training else 0.0
-        dora = name in self.lora_magnitude
-        y = lora_linear(
-            input,
+        return Adapted(
             self.weight,
             self.lora_A[name],
             self.lora_B[name],
             self.scaling(name),
-            bias=None if dora else self.bias,
-            gate=self.lora_gate[name] if name in self.lora_gate else None,
-            p=p,
-            seed=torch.randint(0, 2**62, (1,), device=input.device) if p > 0 else None,
-            save_mask=self.mask == "bits",
+            None if name in self.lora_magnitude else self.bias,  # DoRA's bias comes after the magnitude
+            self.lora_gate[name] if name in self.lora_gate else None,
+            p,
+            torch.randint(0, 2**62, (1,), device=device) if p > 0 else None,
         )
-        if not dora:
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
+        """``[..., in_features]`` to ``[..., out_features]``; see :func:`lowmem.ops.lora_linear`."""
+        if self._disabled and self.merged is not None:
+            return self._base_of_merged(input)
+        if self._disabled or self.merged is not None:
+            return F.linear(input, self.weight, self.bias)
+        factor = self._row_factor(self.active_adapter)
+        if self.group is not None and factor is None:
+            y = self.group.take(self, input)
+            if y is not None:
+                return y
+        (y,) = lora_group(input, (self.adapted(input.device),), save_mask=self.mask == "bits")
+        if factor is None:
             return y
-        factor = self._row_factor(name).to(y.dtype)  # type: ignore[union-attr]
+        factor = factor.to(y.dtype)
         return y * factor if self.bias is None else torch.addcmul(self.bias.to(y.dtype), y, factor)
 
     def _base_of_merged(self, input: Tensor) -> Tensor:  # noqa: A002

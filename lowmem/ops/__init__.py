@@ -1,5 +1,5 @@
 """The public functions of every operator family; ``torch.ops.lowmem.*`` are the operators below them."""
 
-from .lora import lora_linear
+from .lora import Adapted, lora_group, lora_linear
 
-__all__ = ["lora_linear"]
+__all__ = ["Adapted", "lora_group", "lora_linear"]

@@ -20,7 +20,8 @@ for fp64), and weight gradients leave in that accumulation dtype. Dropped elemen
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -221,84 +222,97 @@ define("lora_da", DA, fake=da_fake, reference=da_reference, cpp=("cpu",), cuda=_
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
+TENSORS = 6  # of one child: base, bias, A, B, gate, seed
+
+
 class _LoRALinear(torch.autograd.Function):
+    """One or several adapted layers over one ``x``: it is saved once, and their dx are summed in the GEMMs."""
+
     @staticmethod
     def forward(
-        ctx: Any,
-        x: Tensor,
-        base: Tensor | None,
-        bias: Tensor | None,
-        a: Tensor,
-        b: Tensor,
-        gate: Tensor | None,
-        scale: float,
-        p: float,
-        seed: Tensor | None,
-        child: int,
-        save_mask: bool,
-    ) -> Tensor:
+        ctx: Any, x: Tensor, settings: tuple[tuple[float, float, int], ...], save_mask: bool, *tensors: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        ops = torch.ops.lowmem
         rows = x.reshape(-1, x.shape[-1])
-        need_x, need_w, _, need_a, need_b, need_gate = ctx.needs_input_grad[:6]
-        save_mask = save_mask and p > 0 and (need_x or need_a)
-        s, mask = torch.ops.lowmem.lora_shrink(rows, a, scale, p, seed, child, save_mask)
-        y = torch.ops.lowmem.lora_expand(rows, base, s if gate is None else s * gate.to(s.dtype), b, bias)
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        saved: list[Tensor | None] = []
+        outputs = []
+        need_rows = False
+        for i, (scale, p, child) in enumerate(settings):
+            base, bias, a, b, gate, seed = tensors[TENSORS * i : TENSORS * (i + 1)]
+            need_w, _, need_a, need_b, need_gate, _ = needs[TENSORS * i : TENSORS * (i + 1)]
+            bits = save_mask and p > 0 and (need_x or need_a)
+            s, mask = ops.lora_shrink(rows, a, scale, p, seed, child, bits)
+            y = ops.lora_expand(rows, base, s if gate is None else s * gate.to(s.dtype), b, bias)
+            outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
+            need_rows = need_rows or need_w or need_a
+            s_kept = s if need_b or need_gate else None
+            saved += (base, a, b, gate, s_kept, mask if bits else None, None if bits else seed)
         # x is saved as it came, so that layers over one input share its storage; W, A, B are parameters, not copies
-        ctx.save_for_backward(
-            x if need_w or need_a else None,
-            base,
-            a,
-            b,
-            gate,
-            s if need_b or need_gate else None,
-            mask if save_mask else None,
-            None if save_mask else seed,
-        )
-        ctx.scale, ctx.p, ctx.child = scale, p, child
-        return y.view(*x.shape[:-1], b.shape[0])
+        ctx.save_for_backward(x if need_rows else None, *saved)
+        ctx.settings = settings
+        ctx.set_materialize_grads(False)  # an output that nobody used costs nothing
+        return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        x, base, a, b, gate, s, mask, seed = ctx.saved_tensors
-        need_x, need_w, need_bias, need_a, need_b, need_gate = ctx.needs_input_grad[:6]
-        scale, p, child = ctx.scale, ctx.p, ctx.child
-        dy = grad.reshape(-1, grad.shape[-1])
-        dx = dw = dbias = da = db = dgate = None
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
         ops = torch.ops.lowmem
-        g = None if gate is None else gate.to(dy.dtype)
-        outer = scale if g is None else 1.0  # with a gate, dy B is needed bare: dgate = sum(S * (dy B))
-        if need_b:
-            ds, db = ops.lora_dy(dy, b, s if g is None else s * g, outer)
-            db = db.to(b.dtype)
-        elif need_x or need_a or need_gate:
-            ds = (dy @ b.to(dy.dtype)).mul_(outer)
-        if need_gate:
-            dgate = (ds.to(accumulate_dtype(ds.dtype)) * s).sum(0).to(gate.dtype)
-        if g is not None and (need_x or need_a):
-            ds = ds * (g * scale)
-        if need_x:
-            dx = ops.lora_dx(dy, base, ds, a, mask, p, seed, child).view(*grad.shape[:-1], a.shape[1])
-        if need_a or need_w:
-            rows = x.reshape(-1, x.shape[-1])
-        if need_a:
-            da = ops.lora_da(ds, rows, mask, p, seed, child).to(a.dtype)
-        if need_w:
-            dw = dy.T @ rows
-        if need_bias:
-            dbias = dy.sum(0)
-        return dx, dw, dbias, da, db, dgate, None, None, None, None, None
+        saved: list[Any]
+        x, *saved = ctx.saved_tensors
+        need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        dx: Any = None
+        lead: Any = None
+        grads: list[Tensor | None] = []
+        for i, (scale, p, child) in enumerate(ctx.settings):
+            base, a, b, gate, s, mask, seed = saved[7 * i : 7 * (i + 1)]
+            need_w, need_bias, need_a, need_b, need_gate, _ = needs[TENSORS * i : TENSORS * (i + 1)]
+            grad = upstream[i]
+            if grad is None:
+                grads += [None] * TENSORS
+                continue
+            lead, dy = grad.shape[:-1], grad.reshape(-1, grad.shape[-1])
+            ds: Any = None
+            da = db = dgate = None
+            g = None if gate is None else gate.to(dy.dtype)
+            outer = scale if g is None else 1.0  # with a gate, dy B is needed bare: dgate = sum(S * (dy B))
+            if need_b:
+                ds, db = ops.lora_dy(dy, b, s if g is None else s * g, outer)
+                db = db.to(b.dtype)
+            elif need_x or need_a or need_gate:
+                ds = (dy @ b.to(dy.dtype)).mul_(outer)
+            if need_gate:
+                dgate = (ds.to(accumulate_dtype(ds.dtype)) * s).sum(0).to(gate.dtype)
+            if g is not None and (need_x or need_a):
+                ds = ds * (g * scale)
+            if need_x and dx is None:
+                dx = ops.lora_dx(dy, base, ds, a, mask, p, seed, child)
+            elif need_x:
+                ops.lora_masked_expand_(dx, ds, a, mask, p, seed, child, True)
+                if base is not None:
+                    dx.addmm_(dy, base)
+            if need_a:
+                da = ops.lora_da(ds, rows, mask, p, seed, child).to(a.dtype)
+            grads += (dy.T @ rows if need_w else None, dy.sum(0) if need_bias else None, da, db, dgate, None)
+        return None if dx is None else dx.view(*lead, dx.shape[1]), None, None, *grads
 
 
-def _check(
-    x: Tensor,
-    base: Tensor | None,
-    a: Tensor,
-    b: Tensor,
-    bias: Tensor | None,
-    gate: Tensor | None,
-    p: float,
-    seed: Tensor | None,
-) -> None:
-    op = "lora_linear"
+class Adapted(NamedTuple):
+    """One adapted layer of :func:`lora_group`: the arguments of :func:`lora_linear` but x."""
+
+    base: Tensor | None
+    A: Tensor
+    B: Tensor
+    scale: float
+    bias: Tensor | None = None
+    gate: Tensor | None = None
+    p: float = 0.0
+    seed: Tensor | None = None
+    child: int = 0
+
+
+def _check(op: str, x: Tensor, layer: Adapted) -> None:
+    base, a, b, _, bias, gate, p, seed, _ = layer
     if not x.is_floating_point():
         bad(op, "x", "a floating dtype", x.dtype, kind=TypeError)
     if x.dim() < 1:
@@ -386,16 +400,44 @@ def lora_linear(
     Raises ValueError or TypeError ``lowmem.lora_linear: <argument>: expected ..., got ...`` before anything is
     computed.
     """
+    layer = Adapted(base, A, B, scale, bias, gate, p, seed, child)
+    return _run(x, (layer,), save_mask)[0]
+
+
+def lora_group(x: Tensor, layers: Sequence[Adapted], *, save_mask: bool = True) -> tuple[Tensor, ...]:
+    """:func:`lora_linear` of several layers over one ``x`` (q/k/v, gate/up): one output each, the same bits as apart.
+
+    ``x`` is cast (under autocast) and saved once, and in backward the layers' ``dx`` are accumulated by the GEMMs into
+    one ``[..., K]`` tensor, where separate calls make one each and add them: ``len(layers) - 1`` buffers and additions
+    less. Dropout masks are the layers' own, from their seeds.
+
+    Raises as :func:`lora_linear` does, or ValueError where ``layers`` is empty.
+    """
+    if not layers:
+        bad("lora_group", "layers", "at least one layer", "none")
+    return _run(x, tuple(layers), save_mask)
+
+
+def _run(x: Tensor, layers: tuple[Adapted, ...], save_mask: bool) -> tuple[Tensor, ...]:
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         if x.is_floating_point() and x.dtype != torch.float64:
             x = x.to(dtype)
-            base = base if base is None else base.to(dtype)
-            bias = bias if bias is None else bias.to(dtype)
-        with torch.autocast(kind, enabled=False):
-            return lora_linear(
-                x, base, A, B, scale, bias=bias, gate=gate, p=p, seed=seed, child=child, save_mask=save_mask
+            layers = tuple(
+                layer._replace(
+                    base=None if layer.base is None else layer.base.to(dtype),
+                    bias=None if layer.bias is None else layer.bias.to(dtype),
+                )
+                for layer in layers
             )
-    _check(x, base, A, B, bias, gate, p, seed)
-    return _LoRALinear.apply(x, base, bias, A, B, gate, scale, p, seed if p > 0 else None, child, save_mask)
+        with torch.autocast(kind, enabled=False):
+            return _run(x, layers, save_mask)
+    op = "lora_linear" if len(layers) == 1 else "lora_group"
+    settings = []
+    tensors: list[Tensor | None] = []
+    for layer in layers:
+        _check(op, x, layer)
+        settings.append((layer.scale, layer.p, layer.child))
+        tensors += (layer.base, layer.bias, layer.A, layer.B, layer.gate, layer.seed if layer.p > 0 else None)
+    return _LoRALinear.apply(x, tuple(settings), save_mask, *tensors)
