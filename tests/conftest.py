@@ -61,6 +61,8 @@ def device(request):
 
 @pytest.fixture(autouse=True)
 def _seeded():
+    # one thread: these tensors are small, and spinning workers slow them down; two_threads is for those that need more
+    torch.set_num_threads(1)
     torch.manual_seed(1234)
     yield
 
@@ -73,11 +75,11 @@ def poisoned():
 
 
 @pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
+def two_threads(_seeded):
+    """Two threads, whatever the machine has: kernels split their work."""
     torch.set_num_threads(2)
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -40,6 +40,7 @@ class Case:
     base: bool = True
     bias: bool = True
     accumulate: bool = True
+    gate: bool = False  # a factor for each rank, of the whole linear
     layout: str = "contiguous"
     adapters: str = "contiguous"
     device: str = "cpu"
@@ -76,6 +77,7 @@ def tensors(case: Case) -> dict[str, Any]:
     }
     if not case.base:
         t["w"] = None
+    t["gate"] = rand(1, r, 1.0, adapter, "contiguous")[0] if case.gate else None
     t["keep"] = keep_mask(m, k, case.p, t["seed"], case.child)
     t["mask"] = pack_bits(t["keep"]) if case.bits and case.p > 0 else None
     return t
@@ -165,14 +167,17 @@ def check_case(name: str, case: Case, **kwargs: Any) -> tuple[torch.Tensor, ...]
 # -------------------------------------------------------------------------------------------------- the whole linear
 
 
-def composed(x, base, a, b, scale, *, bias=None, p=0.0, seed=None, child=0):
+def composed(x, base, a, b, scale, *, bias=None, gate=None, p=0.0, seed=None, child=0):
     """lora_linear in plain differentiable torch, same mask; adapters are rounded to x's dtype, as documented."""
     rows = x.reshape(-1, x.shape[-1])
     dropped = rows
     if p > 0:
         keep = keep_mask(*rows.shape, p, seed, child)
         dropped = torch.where(keep, rows, 0) * inv_keep(p)
-    y = (dropped @ a.to(x.dtype).T * scale) @ b.to(x.dtype).T
+    s = dropped @ a.to(x.dtype).T * scale
+    if gate is not None:
+        s = s * gate.to(x.dtype)
+    y = s @ b.to(x.dtype).T
     if base is not None:
         y = y + F.linear(rows, base)
     if bias is not None:
@@ -184,7 +189,7 @@ def linear_inputs(case: Case, lead: tuple[int, ...] | None = None) -> dict[str, 
     """Keyword arguments of lora_linear / composed for ``case``; ``lead`` replaces the leading shape ``(m,)``."""
     t = tensors(case)
     x = t["x"] if lead is None else t["x"].view(*lead, case.k)
-    kwargs = {"bias": t["bias"], "p": case.p, "seed": t["seed"], "child": case.child}
+    kwargs = {"bias": t["bias"], "gate": t["gate"], "p": case.p, "seed": t["seed"], "child": case.child}
     return {"x": x, "base": t["w"], "a": t["a"], "b": t["b"], "scale": case.scale, **kwargs}
 
 
@@ -199,7 +204,43 @@ def run_linear(
     leaves = {key: kwargs[key] for key in trainable if kwargs[key] is not None}
     x, base, a, b, scale = (kwargs.pop(key) for key in ("x", "base", "a", "b", "scale"))
     y = fn(x, base, a, b, scale, **kwargs, **more)
+    y.backward(upstream_like(y))  # not autograd.grad: reentrant checkpointing refuses that
+    return {"y": y.detach(), **{key: leaf.grad for key, leaf in leaves.items()}}
+
+
+def upstream_like(y: torch.Tensor) -> torch.Tensor:
+    """The gradient that run_linear sends: fixed by the shape, and exact in every dtype."""
     g = torch.Generator().manual_seed(77)
-    upstream = torch.randn(y.shape, generator=g, dtype=torch.float64).to(torch.bfloat16).to(y.device, y.dtype)
-    grads = torch.autograd.grad(y, list(leaves.values()), upstream)
-    return {"y": y.detach(), **dict(zip(leaves, grads, strict=True))}
+    return torch.randn(y.shape, generator=g, dtype=torch.float64).to(torch.bfloat16).to(y.device, y.dtype)
+
+
+def bounds(inputs: dict[str, Any]) -> dict[str, tuple[torch.Tensor, list[torch.Tensor]]]:
+    """For y and each gradient of the linear, in float64: ``terms`` (bounds on partial sums) and ``rounded``, the shares
+    of what the family rounds on its way: S, dS, and the base product where the rank-r term is added onto it."""
+    i = {
+        k: v.detach().double() if isinstance(v, torch.Tensor) and v.is_floating_point() else v
+        for k, v in inputs.items()
+    }
+    x, a, b, w, scale = i["x"].reshape(-1, i["x"].shape[-1]), i["a"], i["b"], i["base"], i["scale"]
+    keep = keep_mask(*x.shape, i["p"], i["seed"], i["child"]) * inv_keep(i["p"]) if i["p"] > 0 else torch.ones_like(x)
+    dropped = x * keep
+    dy = upstream_like(x.new_empty(*i["x"].shape[:-1], b.shape[0])).reshape(-1, b.shape[0])
+    factor = scale if i.get("gate") is None else scale * i["gate"]
+    s, ds = factor * (dropped @ a.T), factor * (dy @ b)
+    bare, bare_sum = scale * (dropped @ a.T), abs(scale) * (dropped.abs() @ a.abs().T)  # before the gate
+    size = abs(scale) if i.get("gate") is None else abs(scale) * i["gate"].abs()
+    s_sum, ds_sum = size * (dropped.abs() @ a.abs().T), size * (dy.abs() @ b.abs())
+    base, base_sum = (x @ w.T, x.abs() @ w.abs().T) if w is not None else (s @ b.T * 0, s @ b.T * 0)
+    dbase, dbase_sum = (dy @ w, dy.abs() @ w.abs()) if w is not None else (x * 0, x * 0)
+    if i["bias"] is not None:
+        base, base_sum = base + i["bias"], base_sum + i["bias"].abs()
+    lead = i["x"].shape[:-1]
+    return {
+        "y": ((base_sum + s_sum @ b.abs().T).view(*lead, b.shape[0]), [base, s.abs() @ b.abs().T]),
+        "x": ((dbase_sum + keep * (ds_sum @ a.abs())).view(i["x"].shape), [dbase, keep * (ds.abs() @ a.abs())]),
+        "a": (ds_sum.T @ dropped.abs(), [ds.abs().T @ dropped.abs()]),
+        "b": (dy.abs().T @ s_sum, [dy.abs().T @ s.abs()]),
+        "base": (dy.abs().T @ x.abs(), []),
+        "bias": (dy.abs().sum(0), []),
+        "gate": ((bare_sum * (dy.abs() @ b.abs())).sum(0), [(bare * (dy @ b)).abs().sum(0)]),
+    }

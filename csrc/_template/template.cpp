@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../common/checks.h"
+
 namespace {  // everything but the registration stays private to this file
 
 using torch::stable::Tensor;
@@ -48,7 +50,8 @@ void run(const Tensor& x, Tensor& y, double alpha) {
 
 // Arguments are checked before the first write; the form is `lowmem.<op>: <argument>: expected <what>, got <what>`.
 Tensor template_scale(const Tensor& x, double alpha) {
-  STD_TORCH_CHECK(x.dim() == 2, "lowmem.template_scale: x: expected 2 dimensions, got ", x.dim());
+  lm::check_floating("template_scale", "x", x);
+  lm::check_matrix("template_scale", "x", x, -1, -1);
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   THO_DISPATCH_V2(x.scalar_type(), "lowmem.template_scale", AT_WRAP([&] { run<scalar_t>(x, y, alpha); }),
                   AT_EXPAND(AT_FLOATING_TYPES), torch::headeronly::ScalarType::Half,
