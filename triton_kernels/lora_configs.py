@@ -49,7 +49,8 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "gfx942": {16: (64, 64, 0, 4, 1), 64: (64, 64, 0, 4, 1)},
     },
     "masked_expand": {
-        arch: {16: (64, 128, 0, 4, 1), 64: (64, 128, 0, 8, 1)} for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
+        arch: {16: (64, 128, 0, 4, 1), 64: (64, 128, 0, 8, 1)}
+        for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
     },
     "expand": {
         "sm_80": {64: (128, 128, 64, 8, 3)},
@@ -67,15 +68,20 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
     },
 }
 
-# fp32 dots run without tensor cores (full precision): small tiles, registers bound them
-FP32_TILES: dict[str, Tile] = {
+# Tiles where loads cannot be 16 bytes wide (sizes, strides or addresses that 16 does not divide: every element then has
+# its own address and predicate) and for fp32, whose full-precision dots run without tensor cores.
+SMALL_TILES: dict[str, Tile] = {
     "shrink": (32, 64, 0, 4, 1),
     "shrink_plain": (32, 64, 0, 4, 1),
     "dy": (32, 64, 0, 4, 1),
     "da": (32, 64, 0, 4, 1),
     "masked_expand": (32, 64, 0, 4, 1),
+    "expand": (64, 64, 32, 4, 2),
+    "dx": (64, 64, 32, 4, 2),
 }
-FP32_RANK_BLOCK = 32
+SMALL_RANK_BLOCK = 32
+DRAW_TILE = (32, 32, 4)
+"""Rows, bytes and warps of the kernel that draws packed bits."""
 
 # the interpreter takes milliseconds a program and has no limits: tiles small enough that small shapes need several
 INTERPRETER_TILE: Tile = (16, 32, 32, 4, 1)
@@ -94,21 +100,26 @@ def architecture(major: int, minor: int, hip: str = "") -> str | None:
     return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major)
 
 
-def rank_block(kernel: str, arch: str, rank: int, itemsize: int) -> int:
+def rank_block(kernel: str, arch: str, rank: int, small: bool) -> int:
     """Ranks that one tile takes: the power of two from 16 that holds ``rank``, up to the largest entry."""
     need = max(16, 1 << (rank - 1).bit_length())
     if arch == "interpreter":
         return min(need, INTERPRETER_RANK_BLOCK)
-    if itemsize == 4:
-        return min(need, FP32_RANK_BLOCK)
-    return min(need, max(TILES[kernel][arch]))
+    return min(need, SMALL_RANK_BLOCK if small else max(TILES[kernel][arch]))
 
 
-def tile(kernel: str, arch: str, block: int, itemsize: int) -> Tile:
-    """``(BM, BN, BK, warps, stages)`` of ``kernel`` for a rank block."""
+def tile(kernel: str, arch: str, block: int, small: bool) -> Tile:
+    """``(BM, BN, BK, warps, stages)`` of ``kernel`` for a rank block; ``small``: fp32, or loads that cannot be wide."""
     if arch == "interpreter":
         return INTERPRETER_TILE
-    if itemsize == 4:
-        return FP32_TILES[kernel]
+    if small:
+        return SMALL_TILES[kernel]
     entries = TILES[kernel][arch]
     return entries[min(size for size in entries if size >= block)]
+
+
+def flatten(arch: str, block: int, rank_tiles: int) -> bool:
+    """Whether a persistent GEMM's loops over tiles and depth become one, so that a tile's first loads overlap the
+    former's end. Loads of the rank-r term are then staged as well, which fits beside the rest for 16 ranks only; on
+    sm_100 Triton does not compile it."""
+    return arch == "sm_90" and block == 16 and rank_tiles == 1

@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .lora_kernels import load_keep_byte, load_rank_rows
-from .philox import load_key, spread, threshold_parts
+from .lora_kernels import load_mask_byte, load_rank_rows
+from .philox import spread
 
 
 @triton.jit
@@ -47,8 +47,8 @@ def add_rank_term(
 
 @triton.jit
 def masked_rank_term(
-    ds_ptr, a_ptr, mask_ptr, seed_ptr, M, K, R, stride_ds, stride_a, stride_mask, m0, k0, scale, threshold, child,
-    dtype: tl.constexpr, PRECISION: tl.constexpr, KEEP: tl.constexpr,
+    ds_ptr, a_ptr, mask_ptr, M, K, R, stride_ds, stride_a, stride_mask, m0, k0, scale,
+    dtype: tl.constexpr, PRECISION: tl.constexpr, DROP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, RANK_TILES: tl.constexpr,
 ):  # fmt: skip
     """``mask * (ds a) * scale`` on the tile at ``(m0, k0)``: fp32 ``[BM, BN]``."""
@@ -59,21 +59,11 @@ def masked_rank_term(
         rank = i * BR + tl.arange(0, BR)
         in_ds = (row[:, None] < M) & (rank[None, :] < R)
         ds = tl.load(ds_ptr + row[:, None] * stride_ds + rank[None, :], mask=in_ds, other=0.0)
-        a = load_rank_rows(a_ptr, R, stride_a, i * BR, R, column, K, dtype, BR)
+        a = load_rank_rows(a_ptr, stride_a, i * BR, R, column, K, dtype, BR)
         acc = tl.dot(ds, a, acc, input_precision=PRECISION)
     acc *= scale
-    if KEEP != 0:
-        key0 = 0
-        key1 = 0
-        low = 0
-        top = 0
-        if KEEP == 2:
-            low, top = threshold_parts(threshold.to(tl.uint32))
-            key0, key1 = load_key(seed_ptr)
-        block = k0 // 8 + tl.arange(0, BN // 8)
-        byte = load_keep_byte(
-            KEEP, mask_ptr, stride_mask, key0, key1, row, M, block, K, child.to(tl.uint32), low, top, False
-        )  # fmt: skip
+    if DROP:
+        byte = load_mask_byte(mask_ptr, row, stride_mask, M, k0 // 8 + tl.arange(0, BN // 8), K, False)
         acc = tl.where(spread(byte, BM, BN) != 0, acc, 0.0)
     return acc
 
@@ -175,14 +165,13 @@ def expand_descriptor_kernel(
         y_desc.store([m0, n0], acc.to(dtype))
 
 
-@triton.jit(do_not_specialize=["threshold", "child", "scale"])
+@triton.jit(do_not_specialize=["scale"])
 def dx_kernel(
     dy_ptr,  # [M, N]
     w_ptr,  # [N, K]
     ds_ptr,  # [M, R]
     a_ptr,  # [R, K]
     mask_ptr,  # uint8 [M, stride_mask]
-    seed_ptr,  # int64 [1]
     dx_ptr,  # [M, K]
     M,
     N,
@@ -195,9 +184,7 @@ def dx_kernel(
     stride_mask,
     stride_dx,
     scale,
-    threshold,
-    child,
-    KEEP: tl.constexpr,
+    DROP: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     BM: tl.constexpr,
@@ -210,8 +197,8 @@ def dx_kernel(
     tile_m, tile_k = tile_of(tl.program_id(0), M, K, BM, BN, GROUP)
     dtype: tl.constexpr = dx_ptr.dtype.element_ty
     acc = masked_rank_term(
-        ds_ptr, a_ptr, mask_ptr, seed_ptr, M, K, R, stride_ds, stride_a, stride_mask, tile_m * BM, tile_k * BN,
-        scale, threshold, child, dtype, PRECISION, KEEP, BM, BN, BR, RANK_TILES,
+        ds_ptr, a_ptr, mask_ptr, M, K, R, stride_ds, stride_a, stride_mask, tile_m * BM, tile_k * BN,
+        scale, dtype, PRECISION, DROP, BM, BN, BR, RANK_TILES,
     )  # fmt: skip
     row = tile_m.to(tl.int64) * BM + tl.arange(0, BM)
     column = tile_k * BN + tl.arange(0, BN)
@@ -224,12 +211,12 @@ def dx_kernel(
         w = tl.load(w_ptrs, mask=(depth[:, None] < N - n) & in_w, other=0.0)
         acc = tl.dot(dy, w, acc, input_precision=PRECISION)
         dy_ptrs += BK
-        w_ptrs += BK * stride_w.to(tl.int64)
+        w_ptrs += tl.cast(stride_w, tl.int64) * BK
     inside = (row[:, None] < M) & in_w
     tl.store(dx_ptr + row[:, None] * stride_dx + column[None, :], acc.to(dtype), mask=inside)
 
 
-@triton.jit(do_not_specialize=["threshold", "child", "scale"])
+@triton.jit(do_not_specialize=["scale"])
 def dx_descriptor_kernel(
     dy_desc,  # [M, N] by [BM, BK]
     w_desc,  # [N, K] by [BK, BN]
@@ -237,7 +224,6 @@ def dx_descriptor_kernel(
     ds_ptr,
     a_ptr,
     mask_ptr,
-    seed_ptr,
     M,
     N,
     K,
@@ -246,9 +232,7 @@ def dx_descriptor_kernel(
     stride_a,
     stride_mask,
     scale,
-    threshold,
-    child,
-    KEEP: tl.constexpr,
+    DROP: tl.constexpr,
     PRECISION: tl.constexpr,
     GROUP: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -267,8 +251,8 @@ def dx_descriptor_kernel(
         m0 = tile_m * BM
         k0 = tile_k * BN
         acc = masked_rank_term(
-            ds_ptr, a_ptr, mask_ptr, seed_ptr, M, K, R, stride_ds, stride_a, stride_mask, m0, k0,
-            scale, threshold, child, dtype, PRECISION, KEEP, BM, BN, BR, RANK_TILES,
+            ds_ptr, a_ptr, mask_ptr, M, K, R, stride_ds, stride_a, stride_mask, m0, k0,
+            scale, dtype, PRECISION, DROP, BM, BN, BR, RANK_TILES,
         )  # fmt: skip
         for n in range(0, tl.cdiv(N, BK)):
             dy = dy_desc.load([m0, n * BK])

@@ -1,8 +1,9 @@
 """The memory-bound kernels of the ``lora`` family: shrink, the dY pass, dA, the masked expand, and the ordered reduce.
 
 Conventions: rows have a stride, columns are contiguous; row indices are 64-bit before they meet a stride; a tile's
-tail is filled with zeros, never with memory beside the view. ``KEEP`` says where a dropout mask comes from: 0 there is
-none, 1 packed bits, 2 drawn from the seed. No sum uses atomics: a kernel whose reduction is split writes one partial
+tail is filled with zeros, never with memory beside the view. A dropout mask is drawn in registers by shrink, and read
+as packed bits by the kernels of the backward pass (drawn inside a product's tile, it would cost four times as much: each
+thread holds two of a block's eight elements there). No sum uses atomics: a kernel whose reduction is split writes one partial
 result per part, and :func:`reduce_kernel` adds them in order, so that every run gives the same bits.
 """
 
@@ -15,7 +16,7 @@ from .philox import (
     byte_pairs,
     gather_byte,
     halves,
-    keep_byte,
+    inside_byte,
     kept,
     load_key,
     pair_masks,
@@ -26,7 +27,7 @@ from .philox import (
 
 
 @triton.jit
-def load_rank_rows(ptr, rank, stride, r0, R, columns, COLS, dtype: tl.constexpr, BR: tl.constexpr):
+def load_rank_rows(ptr, stride, r0, R, columns, COLS, dtype: tl.constexpr, BR: tl.constexpr):
     """``[BR, columns]`` of a matrix ``[R, COLS]`` from row ``r0``, zero beyond it, in ``dtype``."""
     rows = r0 + tl.arange(0, BR)
     ptrs = ptr + rows.to(tl.int64)[:, None] * stride + columns[None, :]
@@ -44,17 +45,12 @@ def load_tile(ptr, rows, stride, ROWS, columns, COLS, EVEN: tl.constexpr):
 
 
 @triton.jit
-def load_keep_byte(
-    KEEP: tl.constexpr, mask_ptr, stride_mask, key0, key1, rows, ROWS, blocks, COLS, child, low, top, EVEN: tl.constexpr
-):
-    """Keep bytes ``[rows, blocks]`` of a mask ``[ROWS, COLS]``, from its packed bits or drawn again."""
-    if KEEP == 1:
-        inside = rows[:, None] < ROWS
-        if not EVEN:
-            inside = inside & (blocks[None, :] * 8 < COLS)
-        return tl.load(mask_ptr + rows[:, None] * stride_mask + blocks[None, :], mask=inside, other=0).to(tl.uint32)
-    else:
-        return keep_byte(key0, key1, rows.to(tl.uint32)[:, None], blocks.to(tl.uint32)[None, :], child, low, top)
+def load_mask_byte(mask_ptr, rows, stride_mask, ROWS, blocks, COLS, EVEN: tl.constexpr):
+    """Bytes ``[rows, blocks]`` of packed keep bits, zero beyond ``[ROWS, COLS / 8]``."""
+    inside = rows[:, None] < ROWS
+    if not EVEN:
+        inside = inside & (blocks[None, :] * 8 < COLS)
+    return tl.load(mask_ptr + rows[:, None] * stride_mask + blocks[None, :], mask=inside, other=0).to(tl.uint32)
 
 
 @triton.jit(do_not_specialize=["threshold", "child", "scale"])
@@ -96,7 +92,7 @@ def shrink_kernel(
     start = part * chunk
     for k in range(start, tl.minimum(start + chunk, K), BK):
         column = k + tl.arange(0, BK)
-        a = load_rank_rows(a_ptr, R, stride_a, r0, R, column, K, dtype, BR)
+        a = load_rank_rows(a_ptr, stride_a, r0, R, column, K, dtype, BR)
         if DROP:
             block = k // 8 + tl.arange(0, BK // 8)
             w0, w1, w2, w3 = words(key0, key1, row.to(tl.uint32)[:, None], block.to(tl.uint32)[None, :], child)
@@ -113,7 +109,7 @@ def shrink_kernel(
                 x = tl.where(spread(byte, BM, BK) != 0, x, 0.0)
             if SAVE:
                 if not EVEN:  # bits beyond K are zero
-                    byte = byte & ((1 << tl.minimum(tl.maximum(K - block * 8, 0), 8)) - 1).to(tl.uint32)[None, :]
+                    byte = byte & inside_byte(block, K)[None, :]
                 inside = (row[:, None] < M) & (block[None, :] < stride_bits)
                 if r0 == 0:
                     tl.store(bits_ptr + row[:, None] * stride_bits + block[None, :], byte.to(tl.uint8), mask=inside)
@@ -172,12 +168,11 @@ def dy_kernel(
     tl.store(db_ptr + (part.to(tl.int64) * N + wide) * R + rank[None, :], acc, mask=in_b)
 
 
-@triton.jit(do_not_specialize=["threshold", "child", "scale"])
+@triton.jit(do_not_specialize=["scale"])
 def da_kernel(
     ds_ptr,  # [M, R]
     x_ptr,  # [M, K]
     mask_ptr,  # uint8 [M, stride_mask]
-    seed_ptr,  # int64 [1]
     out_ptr,  # fp32 [parts, R, K]
     M,
     K,
@@ -187,9 +182,7 @@ def da_kernel(
     stride_mask,
     chunk,  # rows of one part, a multiple of BM
     scale,
-    threshold,
-    child,
-    KEEP: tl.constexpr,
+    DROP: tl.constexpr,
     PAIRS: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -197,53 +190,40 @@ def da_kernel(
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """``out[part] = scale * ds^T drop(x)`` over the part's rows. Grid: (column tiles, parts, rank tiles)."""
+    """``out[part] = scale * ds^T (mask * x)`` over the part's rows. Grid: (column tiles, parts, rank tiles)."""
     k = tl.program_id(0) * BK
     part = tl.program_id(1)
     rank = tl.program_id(2) * BR + tl.arange(0, BR)
     column = k + tl.arange(0, BK)
     block = k // 8 + tl.arange(0, BK // 8)
     dtype: tl.constexpr = x_ptr.dtype.element_ty
-    key0 = 0
-    key1 = 0
-    low = 0
-    top = 0
-    if KEEP == 2:
-        low, top = threshold_parts(threshold.to(tl.uint32))
-        key0, key1 = load_key(seed_ptr)
-    child = child.to(tl.uint32)
     acc = tl.zeros([BK, BR], tl.float32)
     start = part * chunk
     for m in range(start, tl.minimum(start + chunk, M), BM):
         row = m + tl.arange(0, BM).to(tl.int64)
         in_ds = (row[:, None] < M) & (rank[None, :] < R)
         ds = tl.load(ds_ptr + row[:, None] * stride_ds + rank[None, :], mask=in_ds, other=0.0)
-        if KEEP == 0:
-            x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
+        if DROP:
+            byte = load_mask_byte(mask_ptr, row, stride_mask, M, block, K, EVEN)
+        if DROP and PAIRS:
+            pair = k // 2 + tl.arange(0, BK // 2)
+            x2 = load_tile(x_ptr.to(tl.pointer_type(tl.uint32)), row, stride_x // 2, M, pair, K // 2, EVEN)
+            x = halves(x2 & byte_pairs(byte, BM, BK // 2), BM, BK, dtype)
         else:
-            byte = load_keep_byte(
-                KEEP, mask_ptr, stride_mask, key0, key1, row, M, block, K, child, low, top, EVEN
-            )  # fmt: skip
-            if PAIRS:
-                pair = k // 2 + tl.arange(0, BK // 2)
-                words_ptr = x_ptr.to(tl.pointer_type(tl.uint32))
-                x2 = load_tile(words_ptr, row, stride_x // 2, M, pair, K // 2, EVEN)
-                x = halves(x2 & byte_pairs(byte, BM, BK // 2), BM, BK, dtype)
-            else:
-                x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
+            x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
+            if DROP:
                 x = tl.where(spread(byte, BM, BK) != 0, x, 0.0)
         acc = tl.dot(tl.trans(x), ds, acc, input_precision=PRECISION)
     ptrs = out_ptr + (part.to(tl.int64) * R + rank[None, :]) * K + column[:, None]
     tl.store(ptrs, acc * scale, mask=(column[:, None] < K) & (rank[None, :] < R))
 
 
-@triton.jit(do_not_specialize=["threshold", "child", "scale"])
+@triton.jit(do_not_specialize=["scale"])
 def masked_expand_kernel(
     out_ptr,  # [M, K], written
     ds_ptr,  # [M, R]
     a_ptr,  # [R, K]
     mask_ptr,  # uint8 [M, stride_mask]
-    seed_ptr,  # int64 [1]
     M,
     K,
     R,
@@ -252,9 +232,7 @@ def masked_expand_kernel(
     stride_a,
     stride_mask,
     scale,
-    threshold,
-    child,
-    KEEP: tl.constexpr,
+    DROP: tl.constexpr,
     ACCUMULATE: tl.constexpr,
     EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -272,21 +250,11 @@ def masked_expand_kernel(
         rank = r0 + tl.arange(0, BR)
         in_ds = (row[:, None] < M) & (rank[None, :] < R)
         ds = tl.load(ds_ptr + row[:, None] * stride_ds + rank[None, :], mask=in_ds, other=0.0)
-        a = load_rank_rows(a_ptr, R, stride_a, r0, R, column, K, dtype, BR)
+        a = load_rank_rows(a_ptr, stride_a, r0, R, column, K, dtype, BR)
         acc = tl.dot(ds, a, acc, input_precision=PRECISION)
     acc *= scale
-    if KEEP != 0:
-        key0 = 0
-        key1 = 0
-        low = 0
-        top = 0
-        if KEEP == 2:
-            low, top = threshold_parts(threshold.to(tl.uint32))
-            key0, key1 = load_key(seed_ptr)
-        block = k // 8 + tl.arange(0, BK // 8)
-        byte = load_keep_byte(
-            KEEP, mask_ptr, stride_mask, key0, key1, row, M, block, K, child.to(tl.uint32), low, top, EVEN
-        )  # fmt: skip
+    if DROP:
+        byte = load_mask_byte(mask_ptr, row, stride_mask, M, k // 8 + tl.arange(0, BK // 8), K, EVEN)
         acc = tl.where(spread(byte, BM, BK) != 0, acc, 0.0)
     ptrs = out_ptr + row[:, None] * stride_out + column[None, :]
     inside = (row[:, None] < M) & (column[None, :] < K)
@@ -300,6 +268,7 @@ def reduce_kernel(parts_ptr, out_ptr, size, parts, scale, BLOCK: tl.constexpr):
     """``out = scale * (parts[0] + parts[1] + ...)``, elementwise and in this order; each part holds ``size`` values."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     acc = tl.zeros([BLOCK], tl.float32)
-    for part in range(0, parts):
-        acc += tl.load(parts_ptr + part.to(tl.int64) * size + index, mask=index < size, other=0.0)
+    for _ in range(0, parts):
+        acc += tl.load(parts_ptr + index, mask=index < size, other=0.0)
+        parts_ptr += size
     tl.store(out_ptr + index, (acc * scale).to(out_ptr.dtype.element_ty), mask=index < size)

@@ -83,6 +83,12 @@ def gather_byte(f0, f1, f2, f3):
 
 
 @triton.jit
+def inside_byte(block, columns):
+    """Per block of a row: ones at the bits whose element lies before ``columns``."""
+    return ((1 << tl.minimum(tl.maximum(columns - block * 8, 0), 8)) - 1).to(tl.uint32)
+
+
+@triton.jit
 def pair_masks(f0, f1, f2, f3, ROWS: tl.constexpr, PAIRS: tl.constexpr):
     """``[ROWS, PAIRS]`` words (``PAIRS = 4 * blocks``): 0xFFFF in each half that is kept, else 0."""
     f = tl.join(tl.join(f0, f2), tl.join(f1, f3)) & 0x80008000  # the last join varies fastest: words 0, 1, 2, 3
@@ -98,16 +104,9 @@ def spread(byte, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 @triton.jit
 def byte_pairs(byte, ROWS: tl.constexpr, PAIRS: tl.constexpr):
-    """Bytes ``[ROWS, PAIRS / 4]`` to the words of :func:`pair_masks`."""
+    """Bytes ``[ROWS, PAIRS / 4]`` (nothing above bit 7) to the words of :func:`pair_masks`."""
     two = (byte.to(tl.uint32)[:, :, None] >> (2 * tl.arange(0, 4)).to(tl.uint32)[None, None, :]) * 0x8001
     return tl.reshape((two & 0x00010001) * 0xFFFF, [ROWS, PAIRS])
-
-
-@triton.jit
-def keep_byte(key0, key1, row, block, child, low, top):
-    """The keep byte of each block of a tile, drawn: uint32 ``[rows, blocks]``, bits above 7 mean nothing."""
-    w0, w1, w2, w3 = words(key0, key1, row, block, child)
-    return gather_byte(kept(w0, low, top), kept(w1, low, top), kept(w2, low, top), kept(w3, low, top))
 
 
 @triton.jit
@@ -116,3 +115,27 @@ def halves(x, ROWS: tl.constexpr, COLS: tl.constexpr, dtype: tl.constexpr):
     lower = x.to(tl.uint16).to(dtype, bitcast=True)
     upper = (x >> 16).to(tl.uint16).to(dtype, bitcast=True)
     return tl.reshape(tl.join(lower, upper), [ROWS, COLS])
+
+
+@triton.jit(do_not_specialize=["threshold", "child"])
+def draw_kernel(
+    bits_ptr,  # uint8 [rows, stride]
+    seed_ptr,  # int64 [1]
+    rows,
+    columns,
+    stride,
+    threshold,
+    child,
+    BM: tl.constexpr,
+    BB: tl.constexpr,
+):
+    """The packed keep bits of a ``[rows, columns]`` mask, drawn. Grid: (row tiles, tiles of BB bytes)."""
+    row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+    block = tl.program_id(1) * BB + tl.arange(0, BB)
+    low, top = threshold_parts(threshold.to(tl.uint32))
+    key0, key1 = load_key(seed_ptr)
+    w0, w1, w2, w3 = words(key0, key1, row.to(tl.uint32)[:, None], block.to(tl.uint32)[None, :], child.to(tl.uint32))
+    byte = gather_byte(kept(w0, low, top), kept(w1, low, top), kept(w2, low, top), kept(w3, low, top))
+    byte = byte & inside_byte(block, columns)[None, :]
+    inside = (row[:, None] < rows) & (block[None, :] < stride)
+    tl.store(bits_ptr + row[:, None] * stride + block[None, :], byte.to(tl.uint8), mask=inside)

@@ -1,0 +1,171 @@
+"""What `test_compile_targets.py` compiles: each Triton kernel with the configurations its launcher would give it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from triton.backends.compiler import GPUTarget
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_86": GPUTarget("cuda", 86, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+_POINTERS = {
+    "seed_ptr": "*i64",
+    "bits_ptr": "*u8",
+    "mask_ptr": "*u8",
+    "db_ptr": "*fp32",
+}
+_FLOATS = ("scale",)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation. ``aligned``: sizes and strides are multiples of 16, as Triton's specialisation would find."""
+
+    name: str
+    arch: str
+    kernel: Any
+    dtype: str
+    constants: dict[str, Any]
+    warps: int
+    stages: int
+    aligned: bool = True
+    types: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def target(self) -> GPUTarget:
+        return TARGETS[self.arch]
+
+    @property
+    def id(self) -> str:
+        return f"{self.arch}-{self.name}"
+
+    def signature(self) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
+        """Types by argument name, and the divisibility by 16 of pointers and (where aligned) of integers."""
+        types: dict[str, str] = {}
+        divisible: dict[tuple[int], list[list[Any]]] = {}
+        for i, name in enumerate(self.kernel.arg_names):
+            if name in self.constants:
+                types[name] = "constexpr"
+                continue
+            if name in self.types:
+                types[name] = self.types[name]
+            elif name.endswith("_ptr"):
+                types[name] = _POINTERS.get(name, f"*{self.dtype}")
+            else:
+                types[name] = "fp32" if name in _FLOATS else "i32"
+            number = types[name] == "i32" and self.aligned and name not in ("threshold", "child", "parts")
+            if types[name].startswith("*") or number:
+                divisible[(i,)] = [["tt.divisibility", 16]]
+        return types, divisible
+
+    def source(self) -> Any:
+        """The ``ASTSource`` to hand to ``triton.compile``."""
+        from triton.compiler import ASTSource
+
+        types, divisible = self.signature()
+        return ASTSource(self.kernel, types, constexprs=dict(self.constants), attrs=divisible)
+
+    def options(self) -> dict[str, Any]:
+        return {"num_warps": self.warps, "num_stages": self.stages}
+
+
+def _memory_bound(arch: str, dtype: str) -> list[Case]:
+    from lowmem.triton_kernels import lora_configs as configs
+    from lowmem.triton_kernels import lora_kernels as k
+    from lowmem.triton_kernels import philox
+
+    size = 4 if dtype == "fp32" else 2
+    base = {"PRECISION": "ieee"}
+    made: list[Case] = []
+
+    def add(kernel: Any, family: str, columns: str, block: int, label: str, aligned: bool, **constants: Any) -> None:
+        bm, bn, _, warps, stages = configs.tile(family, arch, block, size == 4 or not aligned)
+        full = {**base, **constants, "EVEN": aligned, "BM": bm, columns: bn, "BR": block}
+        types = {"out_ptr": "*fp32"} if kernel is k.da_kernel else {}
+        name = f"{family}-{label}-{dtype}-r{block}{'' if aligned else '-odd'}"
+        made.append(Case(name, arch, kernel, dtype, full, warps, stages, aligned, types))
+
+    def blocks(family: str) -> list[tuple[int, bool]]:
+        """Rank blocks, and whether sizes are multiples of 16."""
+        wide = [] if size == 4 else [(block, True) for block in sorted(configs.TILES[family][arch])]
+        return [*wide, (configs.SMALL_RANK_BLOCK, size == 4)]
+
+    for br, aligned in blocks("shrink"):
+        pairs = size == 2 and aligned
+        add(k.shrink_kernel, "shrink", "BK", br, "bits", aligned, DROP=True, SAVE=True, PAIRS=pairs)
+        add(k.shrink_kernel, "shrink", "BK", br, "seed", aligned, DROP=True, SAVE=False, PAIRS=pairs)
+    for br, aligned in blocks("shrink_plain"):
+        add(k.shrink_kernel, "shrink_plain", "BK", br, "none", aligned, DROP=False, SAVE=False, PAIRS=False)
+    for br, aligned in blocks("dy"):
+        add(k.dy_kernel, "dy", "BN", br, "pass", aligned)
+    for br, aligned in blocks("da"):
+        pairs = size == 2 and aligned
+        add(k.da_kernel, "da", "BK", br, "bits", aligned, DROP=True, PAIRS=pairs)
+        add(k.da_kernel, "da", "BK", br, "none", aligned, DROP=False, PAIRS=pairs)
+    for br, aligned in blocks("masked_expand"):
+        for onto in (False, True):
+            what = "onto" if onto else "over"
+            for drop, label in ((True, "bits"), (False, "none")):
+                add(
+                    k.masked_expand_kernel, "masked_expand", "BK", br, f"{label}-{what}", aligned,
+                    DROP=drop, ACCUMULATE=onto,
+                )  # fmt: skip
+    types = {"parts_ptr": "*fp32"}
+    made.append(Case(f"reduce-{dtype}", arch, k.reduce_kernel, dtype, {"BLOCK": 1024}, 4, 3, True, types))
+    if dtype == "bf16":
+        bm, bb, warps = configs.DRAW_TILE
+        made.append(Case("draw", arch, philox.draw_kernel, dtype, {"BM": bm, "BB": bb}, warps, 3))
+    return made
+
+
+def _gemms(arch: str, dtype: str) -> list[Case]:
+    from lowmem.triton_kernels import lora_configs as configs
+    from lowmem.triton_kernels import lora_gemm as g
+
+    made: list[Case] = []
+    for rank in (16, 64, 200):
+        for family, flag in (("expand", "BIAS"), ("dx", "DROP")):
+            for on in (True, False):
+                for small in (False, True):
+                    block = configs.rank_block(family, arch, rank, small)
+                    bm, bn, bk, warps, stages = configs.tile(family, arch, block, small)
+                    constants = {"PRECISION": "ieee", "GROUP": configs.GROUP_ROWS, "BM": bm, "BN": bn, "BK": bk}
+                    constants |= {"BR": block, "RANK_TILES": -(-rank // block), flag: on}
+                    kernel = g.expand_kernel if family == "expand" else g.dx_kernel
+                    label = f"{flag.lower() if on else 'none'}-{dtype}-r{rank}"
+                    odd = "-odd" if small else ""
+                    made.append(
+                        Case(f"{family}-{label}{odd}", arch, kernel, dtype, constants, warps, stages, not small)
+                    )
+                    if small or arch not in ("sm_90", "sm_100"):
+                        continue
+                    constants = {**constants, "PROGRAMS": 132}
+                    constants["FLATTEN"] = configs.flatten(arch, block, constants["RANK_TILES"])
+                    if family == "expand":
+                        kernel = g.expand_descriptor_kernel
+                        boxes = {"x_desc": (bm, bk), "w_desc": (bn, bk), "y_desc": (bm, bn)}
+                    else:
+                        kernel = g.dx_descriptor_kernel
+                        boxes = {"dy_desc": (bm, bk), "w_desc": (bk, bn), "dx_desc": (bm, bn)}
+                    types = {name: f"tensordesc<{dtype}[{a}, {b}]>" for name, (a, b) in boxes.items()}
+                    name = f"{family}_descriptor-{label}"
+                    made.append(Case(name, arch, kernel, dtype, constants, warps, stages, True, types))
+    return made
+
+
+def every() -> list[Case]:
+    """The full matrix."""
+    cases = []
+    for arch in TARGETS:
+        for dtype in ("bf16", "fp16", "fp32"):
+            cases += _memory_bound(arch, dtype)
+        for dtype in ("bf16", "fp16"):
+            cases += _gemms(arch, dtype)
+    return cases
