@@ -51,6 +51,7 @@ def test_every_rank(name, precision, device):
         check_case(name, Case(m=9, k=70, n=45, r=r, precision=precision, device=device, p=0.0))
 
 
+@pytest.mark.usefixtures("two_threads")
 @every_operator
 def test_rank_512(name, device):
     for precision in ("fp32", "bf16"):
@@ -159,6 +160,7 @@ def test_p_of_one_gives_zero(device):
         assert torch.equal(out, before)
 
 
+@pytest.mark.usefixtures("two_threads")
 @every_operator
 def test_two_runs_give_the_same_bits(name, device):
     for precision in ("fp32", "bf16"):
@@ -341,3 +343,11 @@ def test_the_mask_scale_is_exact_for_p_in_65536ths(device):
         torch.ops.lowmem.lora_masked_expand_(out, one, one.t(), None, p, torch.tensor([SEED], device=device), 0, True)
         keep = keep_mask(64, 64, p, torch.tensor([SEED], device=device))
         torch.testing.assert_close(out, keep * inv_keep(p), rtol=2e-7, atol=0)
+
+
+@pytest.mark.usefixtures("two_threads")
+@every_operator
+def test_large_enough_to_be_split_over_threads(name, device):
+    # several row and column blocks, none of them full
+    for precision, p, bits in (("fp32", 0.0, True), ("fp32", 0.1, True), ("bf16", 0.1, False)):
+        check_case(name, Case(m=523, k=777, n=1031, r=24, precision=precision, p=p, bits=bits, device=device))
