@@ -151,7 +151,7 @@ def test_pure_wheel(tree, pure_wheel, environment, tmp_path):
 
 @needs_compiler
 def test_built_wheel(built_wheel, environment, tmp_path):
-    # operator libraries alone: one wheel for every Python from 3.10 on. lowmem/_host (pybind11) binds it to one version.
+    # operator libraries alone: one wheel for every Python from 3.10 on. lowmem/_host (pybind11) binds it to one.
     host = bool(list((ROOT / "csrc" / "host").glob("*.cpp")))
     version = f"cp{sys.version_info.major}{sys.version_info.minor}"
     tag = f"{version}-{version}" if host else "cp310-abi3"
