@@ -1,0 +1,130 @@
+// Vector types of the AVX-512 levels: included after the #pragma GCC target line, inside an unnamed namespace.
+
+// Eight counters a vector, one in the low half of each 64-bit lane (the high halves hold rubbish that no product
+// reads). Counters are ordered so that two interleaving steps leave 32 neighbouring 16-bit numbers in a vector.
+inline void draw512(uint64_t seed, uint32_t row, uint32_t child, uint32_t threshold, int64_t word, int64_t words,
+                    int64_t cols, uint32_t* out) {
+  if (threshold >= kKeepNone) {
+    for (int64_t w = 0; w < words; ++w) out[w] = 0;
+    return;
+  }
+  const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
+  const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m512i limit = _mm512_set1_epi16(static_cast<short>(threshold));
+  const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  for (int64_t w = 0; w < words; w += 2) {
+    uint32_t k0 = key0, k1 = key1;
+    __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(4 * (word + w)), order);
+    __m512i c1 = _mm512_set1_epi64(row), c2 = _mm512_setzero_si512(), c3 = _mm512_set1_epi64(child);
+    for (int round = 0; round < 10; ++round) {
+      const __m512i p0 = _mm512_mul_epu32(m0, c0), p1 = _mm512_mul_epu32(m1, c2);
+      c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, _mm512_set1_epi64(k0), 0x96);
+      c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, _mm512_set1_epi64(k1), 0x96);
+      c1 = p1;
+      c3 = p0;
+      k0 += kPhiloxW0;
+      k1 += kPhiloxW1;
+    }
+    const __m512i w01 = _mm512_mask_shuffle_epi32(c0, 0xAAAA, c1, _MM_PERM_CCAA);
+    const __m512i w23 = _mm512_mask_shuffle_epi32(c2, 0xAAAA, c3, _MM_PERM_CCAA);
+    out[w] = _mm512_cmpge_epu16_mask(_mm512_unpacklo_epi64(w01, w23), limit);
+    const uint32_t second = _mm512_cmpge_epu16_mask(_mm512_unpackhi_epi64(w01, w23), limit);
+    if (w + 1 < words) out[w + 1] = second;
+  }
+  const int64_t left = cols - 32 * (word + words - 1);
+  if (left < 32) out[words - 1] &= (1u << left) - 1u;
+}
+
+inline uint32_t low_bits(int n) { return n >= 32 ? ~0u : (1u << n) - 1u; }
+
+// Sixteen numbers of any source type to fp32; those whose bit is 0 are not read and become 0.
+inline __m512 read16(const float* src, __mmask16 bits) { return _mm512_maskz_loadu_ps(bits, src); }
+inline __m512 read16(const BFloat16* src, __mmask16 bits) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(bits, src)), 16));
+}
+inline __m512 read16(const Half* src, __mmask16 bits) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(bits, src)); }
+
+// Round to nearest even and store where the bit is 1. By integers for bf16: the conversion instruction drops
+// subnormals.
+inline void write16(float* dst, __mmask16 bits, __m512 x) { _mm512_mask_storeu_ps(dst, bits, x); }
+inline void write16(BFloat16* dst, __mmask16 bits, __m512 x) {
+  const __m512i u = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(_mm512_add_epi32(u, _mm512_set1_epi32(0x7FFF)), odd);
+  const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x400000));
+  _mm256_mask_storeu_epi16(dst, bits, _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+inline void write16(Half* dst, __mmask16 bits, __m512 x) {
+  _mm256_mask_storeu_epi16(dst, bits, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+
+struct Float512 {
+  using E = float;
+  using C = float;
+  using Vec = __m512;
+  using B = __m512;
+  static constexpr int kPair = 1, kWidth = 16, kVectors = 1;
+
+  static Vec zero() { return _mm512_setzero_ps(); }
+  static Vec load(const C* c) { return _mm512_loadu_ps(c); }
+  static void store(C* c, Vec v) { _mm512_storeu_ps(c, v); }
+  static B panel(const E* b, int) { return _mm512_loadu_ps(b); }
+  static Vec madd(Vec acc, const E* a, B b) { return _mm512_fmadd_ps(_mm512_set1_ps(*a), b, acc); }
+  template <class T>
+  static void tile_rows(E* dst, const T* src, uint32_t bits, int n) {
+    bits &= low_bits(n);
+    _mm512_storeu_ps(dst, read16(src, static_cast<__mmask16>(bits)));
+    _mm512_storeu_ps(dst + 16, read16(src + 16, static_cast<__mmask16>(bits >> 16)));
+  }
+  template <class T>
+  static void store(T* dst, const C* c, C alpha, uint32_t bits, int n, bool accumulate) {
+    const __mmask16 valid = static_cast<__mmask16>(low_bits(n)), keep = static_cast<__mmask16>(bits & valid);
+    const __m512 x = _mm512_maskz_mul_ps(keep, _mm512_set1_ps(alpha), _mm512_loadu_ps(c));
+    // dropped elements of an accumulated result are not touched
+    if (accumulate) {
+      write16(dst, keep, _mm512_add_ps(read16(dst, keep), x));
+    } else {
+      write16(dst, valid, x);
+    }
+  }
+  static void draw(uint64_t seed, uint32_t row, uint32_t child, uint32_t threshold, int64_t word, int64_t words,
+                   int64_t cols, uint32_t* out) {
+    draw512(seed, row, child, threshold, word, words, cols, out);
+  }
+};
+
+struct Double512 {
+  using E = double;
+  using C = double;
+  using Vec = __m512d;
+  using B = __m512d;
+  static constexpr int kPair = 1, kWidth = 8, kVectors = 2;
+
+  static Vec zero() { return _mm512_setzero_pd(); }
+  static Vec load(const C* c) { return _mm512_loadu_pd(c); }
+  static void store(C* c, Vec v) { _mm512_storeu_pd(c, v); }
+  static B panel(const E* b, int v) { return _mm512_loadu_pd(b + 8 * v); }
+  static Vec madd(Vec acc, const E* a, B b) { return _mm512_fmadd_pd(_mm512_set1_pd(*a), b, acc); }
+  static void tile_rows(E* dst, const double* src, uint32_t bits, int n) {
+    bits &= low_bits(n);
+    for (int i = 0; i < 32; i += 8) {
+      _mm512_storeu_pd(dst + i, _mm512_maskz_loadu_pd(static_cast<__mmask8>(bits >> i), src + i));
+    }
+  }
+  static void store(double* dst, const C* c, C alpha, uint32_t bits, int n, bool accumulate) {
+    for (int i = 0; i < 16; i += 8) {
+      const __mmask8 valid = static_cast<__mmask8>(low_bits(n) >> i), keep = static_cast<__mmask8>(bits >> i) & valid;
+      const __m512d x = _mm512_maskz_mul_pd(keep, _mm512_set1_pd(alpha), _mm512_loadu_pd(c + i));
+      if (accumulate) {
+        _mm512_mask_storeu_pd(dst + i, keep, _mm512_add_pd(_mm512_maskz_loadu_pd(keep, dst + i), x));
+      } else {
+        _mm512_mask_storeu_pd(dst + i, valid, x);
+      }
+    }
+  }
+  static void draw(uint64_t seed, uint32_t row, uint32_t child, uint32_t threshold, int64_t word, int64_t words,
+                   int64_t cols, uint32_t* out) {
+    draw512(seed, row, child, threshold, word, words, cols, out);
+  }
+};
