@@ -76,7 +76,7 @@ def _rows(t: Tensor) -> Tensor:
 
 def _precision(x: Tensor) -> str:
     # only fp32 products have a choice: TF32 where the user allowed it, else full precision
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    return "tf32" if x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
 
 
 def _pairs(x: Tensor) -> bool:
@@ -363,13 +363,14 @@ def _descriptors(arch: str, *tensors: Tensor) -> bool:
     )
 
 
-def _gemm(name: str, arch: str, x: Tensor, w: Tensor, rank: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Constants and launch options of a fused GEMM."""
+def _gemm(name: str, arch: str, x: Tensor, w: Tensor, rank: int) -> tuple[dict[str, Any], dict[str, Any], bool]:
+    """Constants and launch options of a fused GEMM, and whether its descriptor kernel flattens its loops."""
     small = _small(x, w)
     br = configs.rank_block(name, arch, rank, small)
     bm, bn, bk, warps, stages = configs.tile(name, arch, br, small)
     constants = dict(BM=bm, BN=bn, BK=bk, BR=br, RANK_TILES=_cdiv(rank, br), GROUP=configs.GROUP_ROWS)
-    return constants | dict(PRECISION=_precision(x)), dict(num_warps=warps, num_stages=stages)
+    constants |= dict(PRECISION=_precision(x))
+    return constants, dict(num_warps=warps, num_stages=stages), configs.flatten(arch, br, constants["RANK_TILES"])
 
 
 def expand_fused(
@@ -382,7 +383,7 @@ def expand_fused(
     x, w, s, b = _rows(x), _rows(w), _rows(s), _rows(b)
     bias = bias if bias is None else bias.contiguous()
     y = x.new_empty(m, n)
-    constants, options = _gemm("expand", arch, x, w, r)
+    constants, options, flatten = _gemm("expand", arch, x, w, r)
     bm, bn, bk = constants["BM"], constants["BN"], constants["BK"]
     tiles = _cdiv(m, bm) * _cdiv(n, bn)
     constants["BIAS"] = bias is not None
@@ -395,7 +396,7 @@ def expand_fused(
                 TensorDescriptor(w, [n, k], [w.stride(0), 1], [bn, bk]),
                 TensorDescriptor(y, [m, n], [y.stride(0), 1], [bm, bn]),
                 *rest, m, n, k, r, s.stride(0), b.stride(0),
-                PROGRAMS=count, FLATTEN=configs.flatten(arch, constants["BR"], constants["RANK_TILES"]), **constants, **options,
+                PROGRAMS=count, FLATTEN=flatten, **constants, **options,
             )  # fmt: skip
         else:
             gemm.expand_kernel[(tiles,)](
@@ -423,7 +424,7 @@ def dx_fused(
     (m, n), k, r = dy.shape, w.shape[1], ds.shape[1]
     dy, w, ds, a = _rows(dy), _rows(w), _rows(ds), _rows(a)
     dx = dy.new_empty(m, k)
-    constants, options = _gemm("dx", arch, dy, w, r)
+    constants, options, flatten = _gemm("dx", arch, dy, w, r)
     bm, bn, bk = constants["BM"], constants["BN"], constants["BK"]
     tiles = _cdiv(m, bm) * _cdiv(k, bn)
     scale = inv_keep(p) if p > 0 else 1.0
@@ -436,7 +437,7 @@ def dx_fused(
                 TensorDescriptor(w, [n, k], [w.stride(0), 1], [bk, bn]),
                 TensorDescriptor(dx, [m, k], [dx.stride(0), 1], [bm, bn]),
                 ds, a, mask_bytes, m, n, k, r, ds.stride(0), a.stride(0), stride_mask, scale,
-                PROGRAMS=count, FLATTEN=configs.flatten(arch, constants["BR"], constants["RANK_TILES"]), **constants, **options,
+                PROGRAMS=count, FLATTEN=flatten, **constants, **options,
             )  # fmt: skip
         else:
             gemm.dx_kernel[(tiles,)](

@@ -1,4 +1,4 @@
-"""The fused GEMMs of the ``lora`` family: expand (forward) and dx (backward), each by pointers and by tensor descriptors.
+"""The fused GEMMs of the ``lora`` family: expand (forward) and dx (backward), by pointers and by tensor descriptors.
 
 The low-rank term lives on the accumulator of the base product, so that neither it nor a partial result is ever written:
 expand adds ``s b^T`` behind the loop over K, dx starts from ``mask * (ds a) / (1 - p)`` (added behind the loop it would
@@ -35,8 +35,8 @@ def add_rank_term(
     """``acc + s[m0:, :] b[n0:, :]^T``."""
     row = m0.to(tl.int64) + tl.arange(0, BM)
     column = n0.to(tl.int64) + tl.arange(0, BN)
-    for i in tl.static_range(RANK_TILES):
-        rank = i * BR + tl.arange(0, BR)
+    for r0 in tl.range(0, RANK_TILES * BR, BR, num_stages=1):  # one stage: shared memory belongs to the base product
+        rank = r0 + tl.arange(0, BR)
         in_s = (row[:, None] < M) & (rank[None, :] < R)
         in_b = (column[:, None] < N) & (rank[None, :] < R)
         s = tl.load(s_ptr + row[:, None] * stride_s + rank[None, :], mask=in_s, other=0.0)
@@ -55,11 +55,11 @@ def masked_rank_term(
     row = m0.to(tl.int64) + tl.arange(0, BM)
     column = k0 + tl.arange(0, BN)
     acc = tl.zeros([BM, BN], tl.float32)
-    for i in tl.static_range(RANK_TILES):
-        rank = i * BR + tl.arange(0, BR)
+    for r0 in tl.range(0, RANK_TILES * BR, BR, num_stages=1):
+        rank = r0 + tl.arange(0, BR)
         in_ds = (row[:, None] < M) & (rank[None, :] < R)
         ds = tl.load(ds_ptr + row[:, None] * stride_ds + rank[None, :], mask=in_ds, other=0.0)
-        a = load_rank_rows(a_ptr, stride_a, i * BR, R, column, K, dtype, BR)
+        a = load_rank_rows(a_ptr, stride_a, r0, R, column, K, dtype, BR)
         acc = tl.dot(ds, a, acc, input_precision=PRECISION)
     acc *= scale
     if DROP:
@@ -111,7 +111,8 @@ def expand_kernel(
         x_ptrs += BK
         w_ptrs += BK
     acc = add_rank_term(
-        acc, s_ptr, b_ptr, M, N, R, stride_s, stride_b, tile_m * BM, tile_n * BN, dtype, PRECISION, BM, BN, BR, RANK_TILES
+        acc, s_ptr, b_ptr, M, N, R, stride_s, stride_b, tile_m * BM, tile_n * BN,
+        dtype, PRECISION, BM, BN, BR, RANK_TILES,
     )  # fmt: skip
     if BIAS:
         acc += tl.load(bias_ptr + column, mask=column < N, other=0.0).to(tl.float32)[None, :]

@@ -1,9 +1,9 @@
 """The memory-bound kernels of the ``lora`` family: shrink, the dY pass, dA, the masked expand, and the ordered reduce.
 
 Conventions: rows have a stride, columns are contiguous; row indices are 64-bit before they meet a stride; a tile's
-tail is filled with zeros, never with memory beside the view. A dropout mask is drawn in registers by shrink, and read
-as packed bits by the kernels of the backward pass (drawn inside a product's tile, it would cost four times as much: each
-thread holds two of a block's eight elements there). No sum uses atomics: a kernel whose reduction is split writes one partial
+tail is filled with zeros, never with memory beside the view. Shrink draws its dropout mask in registers; the kernels of
+the backward pass read packed bits (drawn on a product's accumulator a mask costs four times as much, because a thread
+holds two of a block's eight elements there). No sum uses atomics: a kernel whose reduction is split writes one partial
 result per part, and :func:`reduce_kernel` adds them in order, so that every run gives the same bits.
 """
 
@@ -79,7 +79,7 @@ def shrink_kernel(
     BK: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """``out[part] = scale * drop(x)[:, part] a[:, part]^T``, and the keep bits. Grid: (row tiles, parts, rank tiles)."""
+    """``out[part] = scale * drop(x)[:, part] a[:, part]^T``, and keep bits. Grid: (row tiles, parts, rank tiles)."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     r0 = tl.program_id(2) * BR

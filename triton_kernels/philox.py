@@ -29,7 +29,7 @@ def load_key(seed_ptr):
 
 @triton.jit
 def words(key0, key1, row, block, child):
-    """The four words of counter ``(block, row, 0, child)``: ``row`` ``[rows, 1]``, ``block`` ``[1, blocks]``, uint32."""
+    """The words of counter ``(block, row, 0, child)``; uint32 ``row`` ``[rows, 1]`` and ``block`` ``[1, blocks]``."""
     # the first round on a counter whose word 2 is zero
     p = block.to(tl.uint64) * _M0  # a 64-bit product: the compiler then takes both halves from one instruction
     c0 = row ^ key0
