@@ -143,10 +143,17 @@ def _rounded(name: str, args: tuple[Any, ...]) -> list[torch.Tensor]:
     return []
 
 
-def check(name: str, args: tuple[Any, ...], *, implementation: Any = None, what: str = "") -> tuple[torch.Tensor, ...]:
+def check(
+    name: str, args: tuple[Any, ...], *, implementation: Any = None, what: str = "", threads: int = 1
+) -> tuple[torch.Tensor, ...]:
     """Run ``implementation`` (the served operator by default) on ``args`` and compare every output with the reference:
     integers exactly, floats by the error rule. Returns the outputs."""
-    actual = (served(name) if implementation is None else functional(name, implementation))(*args)
+    run = served(name) if implementation is None else functional(name, implementation)
+    torch.set_num_threads(threads)
+    try:
+        actual = run(*args)
+    finally:
+        torch.set_num_threads(1)
     exact, low = reference_pair(reference(name), *args)
     terms = terms_of(reference(name), *args)
     assert len(actual) == len(exact), f"{name}: {len(actual)} results, expected {len(exact)}"

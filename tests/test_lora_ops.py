@@ -51,11 +51,10 @@ def test_every_rank(name, precision, device):
         check_case(name, Case(m=9, k=70, n=45, r=r, precision=precision, device=device, p=0.0))
 
 
-@pytest.mark.usefixtures("two_threads")
 @every_operator
 def test_rank_512(name, device):
     for precision in ("fp32", "bf16"):
-        check_case(name, Case(m=33, k=97, n=41, r=512, precision=precision, device=device))
+        check_case(name, Case(m=33, k=97, n=41, r=512, precision=precision, device=device), threads=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -345,9 +344,9 @@ def test_the_mask_scale_is_exact_for_p_in_65536ths(device):
         torch.testing.assert_close(out, keep * inv_keep(p), rtol=2e-7, atol=0)
 
 
-@pytest.mark.usefixtures("two_threads")
 @every_operator
 def test_large_enough_to_be_split_over_threads(name, device):
     # several row and column blocks, none of them full
     for precision, p, bits in (("fp32", 0.0, True), ("fp32", 0.1, True), ("bf16", 0.1, False)):
-        check_case(name, Case(m=523, k=777, n=1031, r=24, precision=precision, p=p, bits=bits, device=device))
+        case = Case(m=523, k=777, n=1031, r=24, precision=precision, p=p, bits=bits, device=device)
+        check_case(name, case, threads=2)
