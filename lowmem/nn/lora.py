@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .._errors import bad
 from ..ops.lora import Adapted, accumulate_dtype, lora_group, lora_linear
+from ..ops.lora_multi import multi_lora_linear
 from .dora import merged_row_norms, row_norms_squared
 
 MERGE_ROWS = 1024  # rows of W that merge() holds in fp32 at a time
@@ -140,6 +141,7 @@ class FusedLoRALinear(nn.Linear):
         self.register_buffer("_row_norms_squared", None, persistent=False)  # of W [N], where an adapter is DoRA
         self._disabled = 0
         self.group: Any = None  # the FusedLoRAGroup that may answer for this layer (lora_group.py)
+        self.routing: Any = None  # which rows belong to which adapter (lora_multi.py)
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> FusedLoRALinear:
@@ -236,9 +238,13 @@ class FusedLoRALinear(nn.Linear):
         if self.merged is not None and self.merged != name:
             bad("FusedLoRALinear", "name", f"{self.merged!r}, which is merged", repr(name), hint="unmerge() first")
         self.active_adapter = name
+        self.train_only((name,) if trainable else ())
+
+    def train_only(self, names: Collection[str]) -> None:
+        """Let the ``train`` parts of adapters ``names`` train, and freeze all others; the active adapter stays."""
         for part in PARTS:
             for other, parameter in getattr(self, f"lora_{part}").items():
-                parameter.requires_grad_(trainable and other == name and part in self.train_parts[other])
+                parameter.requires_grad_(other in names and part in self.train_parts[other])
 
     def scaling(self, name: str | None = None) -> float:
         """``alpha / r`` of adapter ``name`` (default: the active one), or ``alpha / sqrt(r)`` for rsLoRA."""
@@ -307,8 +313,9 @@ class FusedLoRALinear(nn.Linear):
     # ------------------------------------------------------------------------------------------------------- forward
 
     def computes_plain_lora(self) -> bool:
-        """Whether forward is one :func:`lowmem.ops.lora_linear`: neither disabled nor merged nor DoRA."""
-        return not self._disabled and self.merged is None and self.active_adapter not in self.lora_magnitude
+        """Whether forward is one :func:`lowmem.ops.lora_linear`: neither disabled, merged, routed nor DoRA."""
+        special = self._disabled or self.merged is not None or self.routing is not None
+        return not special and self.active_adapter not in self.lora_magnitude
 
     def adapted(self, device: torch.device) -> Adapted:
         """The operator's arguments for a call now; draws the dropout seed on ``device`` where one is needed."""
@@ -331,6 +338,8 @@ class FusedLoRALinear(nn.Linear):
             return self._base_of_merged(input)
         if self._disabled or self.merged is not None:
             return F.linear(input, self.weight, self.bias)
+        if self.routing is not None:
+            return self.routed_forward(input, self.routing)
         factor = self._row_factor(self.active_adapter)
         if self.group is not None and factor is None:
             y = self.group.take(self, input)
@@ -341,6 +350,31 @@ class FusedLoRALinear(nn.Linear):
             return y
         factor = factor.to(y.dtype)
         return y * factor if self.bias is None else torch.addcmul(self.bias.to(y.dtype), y, factor)
+
+    def routed_forward(self, input: Tensor, routing: Any) -> Tensor:  # noqa: A002
+        """Each row through its own adapter (:func:`lowmem.nn.route`); see :func:`lowmem.ops.multi_lora_linear`."""
+        names = routing.names
+        rows = input.numel() // max(input.shape[-1], 1)
+        if rows != routing.rows:
+            bad("FusedLoRALinear", "input", f"{routing.rows} rows, as routed", rows)
+        special = [name for name in names if name in self.lora_magnitude or name in self.lora_gate]
+        if special or self.merged is not None:
+            got = f"{self.merged!r} merged" if self.merged else f"{special[0]!r} with a gate or a magnitude"
+            bad("FusedLoRALinear", "routing", "plain adapters on a layer that is not merged", got)
+        ps = [self.dropout[name] if self.training else 0.0 for name in names]
+        return multi_lora_linear(
+            input,
+            self.weight,
+            [self.lora_A[name] for name in names],
+            [self.lora_B[name] for name in names],
+            [self.scaling(name) for name in names],
+            routing.offsets,
+            order=routing.order,
+            bias=self.bias,
+            ps=ps,
+            seeds=torch.randint(0, 2**62, (len(names),), device=input.device) if any(ps) else None,
+            save_mask=self.mask == "bits",
+        )
 
     def _base_of_merged(self, input: Tensor) -> Tensor:  # noqa: A002
         # the merged weight is factor * (W + B A): take its adapter off again, on the output
