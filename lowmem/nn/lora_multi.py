@@ -23,8 +23,9 @@ class Routing(NamedTuple):
     rows: int
 
 
-def route(names: Sequence[str], *, adapter_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, rows: int) ->
-Routing:
+def route(
+    names: Sequence[str], *, adapter_ids: Tensor | None = None, cu_seqlens: Tensor | None = None, rows: int
+) -> Routing:
     """A :class:`Routing` for ``rows`` rows over adapters ``names``, made on the ids' device without a host sync.
 
     Args:
@@ -82,7 +83,9 @@ Routing:
 def _require(ok: Tensor, argument: str, expected: str, got: Tensor) -> None:
     if ok.device.type == "cpu" and not torch.compiler.is_compiling():
         if not bool(ok):
-            bad("route", argument, expected, got.tolist() if got.numel() < 20 else f"{int(got.min())}..{int(got.max())}")
+            bad(
+                "route", argument, expected, got.tolist() if got.numel() < 20 else f"{int(got.min())}..{int(got.max())}"
+            )
     else:
         torch._assert_async(ok, f"lowmem.route: {argument}: expected {expected}")
 
@@ -146,8 +149,7 @@ class MultiLoRALinear(FusedLoRALinear):
             self.add_adapter(name, **adapters[name])
         self.train_only(list(adapters))
 
-    def forward(self, input: Tensor, adapter_ids: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:  #
-    noqa: A002
+    def forward(self, input: Tensor, adapter_ids: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """``[..., K]`` to ``[..., N]``; ``adapter_ids`` and ``cu_seqlens`` as in :func:`route`. With neither, the rows
         that :func:`routed` set, or else the active adapter for all rows."""
         if adapter_ids is None and cu_seqlens is None:

@@ -119,7 +119,8 @@ def expand_reference(
     offsets: Tensor,
 ) -> None:
     """``out_m += mask_m * (s_m a_j) / (1 - p_j)`` in place for every row of adapter j; ``a`` ``[R, columns of
-    out]``.""" for j, at, rows in _segments(order, offsets, ranks):
+    out]``."""
+    for j, at, rows in _segments(order, offsets, ranks):
         keep = mask[rows] if mask is not None and ps[j] > 0 else None
         seed = None if keep is not None else _seed(seeds, j, ps[j])
         part = out[rows]  # a view for a slice, a copy for an index
@@ -131,9 +132,7 @@ def expand_reference(
             out[rows] = part
 
 
-DY = (
-    "(Tensor dy, Tensor b, Tensor s, int[] ranks, float[] scales, Tensor? order, Tensor offsets) -> (Tensor, Tensor)"
-)
+DY = "(Tensor dy, Tensor b, Tensor s, int[] ranks, float[] scales, Tensor? order, Tensor offsets) -> (Tensor, Tensor)"
 
 
 def dy_fake(
