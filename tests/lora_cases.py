@@ -171,6 +171,33 @@ def check_case(name: str, case: Case, **kwargs: Any) -> tuple[torch.Tensor, ...]
     return check(name, arguments(name, case), what=str(case), **kwargs)
 
 
+def check_repeats(name: str, args: tuple[Any, ...], *, implementation: Any = None, runs: int = 4) -> None:
+    """Every run on two threads gives the same bits."""
+    run = served(name) if implementation is None else functional(name, implementation)
+    torch.set_num_threads(2)
+    try:
+        first, *others = (run(*args) for _ in range(runs))
+    finally:
+        torch.set_num_threads(1)
+    for other in others:
+        for i, (one, two) in enumerate(zip(first, other, strict=True)):
+            assert torch.equal(one, two), f"{name}[{i}]: two runs differ in {int((one != two).sum())} elements"
+
+
+def check_writes_inside(args: tuple[Any, ...], *, implementation: Any = None) -> None:
+    """lora_masked_expand_ on ``args`` changes its view and nothing of the storage round it."""
+    run = torch.ops.lowmem.lora_masked_expand_ if implementation is None else implementation
+    out = copy_in_place(args[0])
+    inside = torch.zeros(out.untyped_storage().nbytes() // out.element_size(), dtype=torch.bool, device=out.device)
+    inside.as_strided(out.size(), out.stride(), out.storage_offset()).fill_(True)
+    memory = out.as_strided(inside.shape, (1,), 0)
+    before = memory.clone()
+    run(out, *args[1:])
+    same = (memory == before) | (memory.isnan() & before.isnan())
+    assert same[~inside].all(), "written outside the view"
+    assert not same[inside].all(), "nothing written"
+
+
 # -------------------------------------------------------------------------------------------------- the whole linear
 
 

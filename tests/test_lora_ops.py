@@ -15,7 +15,8 @@ from lora_cases import (
     arguments,
     check,
     check_case,
-    copy_in_place,
+    check_repeats,
+    check_writes_inside,
     functional,
     served,
     tensors,
@@ -130,14 +131,7 @@ def test_bits_and_seed_give_the_same_bits_of_result(device):
 def test_masked_expand_writes_only_its_view(layout, device):
     for accumulate in (True, False):
         args = arguments("lora_masked_expand_", Case(layout=layout, accumulate=accumulate, device=device))
-        out = copy_in_place(args[0])
-        inside = torch.zeros(out.untyped_storage().nbytes() // out.element_size(), dtype=torch.bool, device=device)
-        inside.as_strided(out.size(), out.stride(), out.storage_offset()).fill_(True)
-        memory = out.as_strided(inside.shape, (1,), 0)
-        before = memory.clone()
-        torch.ops.lowmem.lora_masked_expand_(out, *args[1:])
-        assert torch.equal(memory[~inside].nan_to_num(123.0), before[~inside].nan_to_num(123.0))
-        assert not torch.equal(memory[inside], before[inside])
+        check_writes_inside(args)
 
 
 def test_masked_expand_without_accumulate_ignores_what_was_there(device):
@@ -159,15 +153,10 @@ def test_p_of_one_gives_zero(device):
         assert torch.equal(out, before)
 
 
-@pytest.mark.usefixtures("two_threads")
 @every_operator
 def test_two_runs_give_the_same_bits(name, device):
     for precision in ("fp32", "bf16"):
-        args = arguments(name, Case(m=300, k=515, n=260, r=16, precision=precision, device=device))
-        first = served(name)(*args)
-        for _ in range(3):
-            for one, two in zip(first, served(name)(*args), strict=True):
-                assert torch.equal(one, two)
+        check_repeats(name, arguments(name, Case(m=300, k=515, n=260, r=16, precision=precision, device=device)))
 
 
 def test_kept_elements_do_not_depend_on_other_rows(device):
