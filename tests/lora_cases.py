@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from lowmem.ops import lora
 from lowmem.ops.philox import inv_keep, keep_mask, pack_bits
-from lowmem.testing import LAYOUTS, assert_close_to_reference, reference_pair, terms_of
+from lowmem.testing import LAYOUTS, assert_close_to_reference, poison_empties, reference_pair, terms_of, to64
 
 SEED = 0x0123456789ABCDEF
 OPERATORS = ("lora_shrink", "lora_expand", "lora_dy", "lora_masked_expand_", "lora_dx", "lora_da")
@@ -278,3 +278,31 @@ def bounds(inputs: dict[str, Any]) -> dict[str, tuple[torch.Tensor, list[torch.T
         "bias": (dy.abs().sum(0), []),
         "gate": ((bare_sum * (dy.abs() @ b.abs())).sum(0), [(bare * (dy @ b)).abs().sum(0)]),
     }
+
+
+def check_linear(
+    case: Case,
+    *,
+    trainable: tuple[str, ...] = ("x", "a", "b"),
+    lead: tuple[int, ...] | None = None,
+    fn: Any = lora.lora_linear,
+) -> dict[str, Any]:
+    """y and every gradient of ``fn`` against plain torch with the same mask, by the error rule."""
+    inputs = linear_inputs(case, lead)
+    with poison_empties():
+        actual = run_linear(fn, inputs, trainable=trainable, save_mask=case.bits)
+    exact = run_linear(composed, dict(zip(inputs, to64(*inputs.values()), strict=True)), trainable=trainable)
+    low = run_linear(composed, inputs, trainable=trainable)
+    limits = bounds(inputs)
+    for key, got in actual.items():
+        terms, rounded = limits[key]
+        assert_close_to_reference(
+            got,
+            exact[key],
+            low[key],
+            terms=terms,
+            rounded=rounded,
+            rounded_to=inputs["x"].dtype,
+            what=f"{key} of {case}",
+        )
+    return actual

@@ -11,6 +11,7 @@ from lora_cases import (
     Case,
     arguments,
     check,
+    check_linear,
     check_repeats,
     check_writes_inside,
     composed,
@@ -273,8 +274,6 @@ def test_a_wrong_gradient_is_caught_by_gradcheck(kind):
 
 @pytest.mark.parametrize("key", ["x", "a", "b"])
 def test_a_wrong_gradient_is_caught_by_the_comparison_with_plain_torch(key):
-    from test_lora_autograd import check_linear
-
     class Doubled(torch.autograd.Function):
         @staticmethod
         def forward(ctx, t):
