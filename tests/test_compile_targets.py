@@ -3,7 +3,8 @@
 No GPU is needed. Per configuration: registers, local memory (spills), shared memory within the architecture's limit,
 and the instructions meant (tensor cores, 16-byte loads, descriptor copies), read from the machine code.
 `tests/budgets/triton.json` holds what each may take with the pinned Triton; `LOWMEM_UPDATE_BUDGETS=1` rewrites the
-entries that are compiled (in one process: -n 0), `LOWMEM_COMPILE_FULL=1` compiles the whole matrix instead of the part that `make test` does.
+entries that are compiled (in one process: -n 0); `LOWMEM_COMPILE_FULL=1` compiles the whole matrix, not only what
+`make test` does.
 Results are kept in `.cache/compile_targets/` by a hash of the kernel's source, its configuration and Triton's version.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -127,17 +129,10 @@ def measured(case: Any) -> dict[str, Any]:
     """What ``case`` compiles to, from the cache where nothing that matters has changed."""
     import triton
 
-    what = (
-        case.kernel.cache_key,
-        case.id,
-        case.constants,
-        case.signature(),
-        case.options(),
-        triton.__version__,
-        COUNTED,
-    )
-    tools = Path(cubin.__file__).read_text() + Path(__file__).read_text()
-    key = hashlib.sha256((repr(what) + tools).encode()).hexdigest()[:24]
+    what = (case.kernel.cache_key, case.id, case.constants, case.signature(), case.options(), triton.__version__)
+    readers = (cubin, _measure_cubin, _measure_amd, _count, longest_loop)
+    text = repr((what, COUNTED)) + "".join(inspect.getsource(reader) for reader in readers)
+    key = hashlib.sha256(text.encode()).hexdigest()[:24]
     kept = CACHE / f"{key}.json"
     if kept.exists():
         return json.loads(kept.read_text())
@@ -246,6 +241,107 @@ def test_instructions_an_element_of_shrink(name, most):
     (case,) = [case for case in CASES if case.id == f"sm_90-{name}"]
     elements = case.constants["BM"] * case.constants["BK"] / (32 * case.warps)
     assert 0 < measured(case)["loop"] / elements <= most
+
+
+# ------------------------------------------------------------------------------- the launchers' own calls, compiled
+
+
+class _Driver:
+    """Enough of a driver for Triton to compile a call for a GPU that is not there."""
+
+    def __init__(self, target: Any) -> None:
+        self.target = target
+
+    def get_current_target(self) -> Any:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_device_interface(self) -> Any:
+        raise AssertionError("nothing may touch a device")
+
+    def get_active_torch_device(self) -> Any:
+        raise AssertionError("nothing may touch a device")
+
+
+@pytest.fixture
+def compile_calls(monkeypatch):
+    """``compile_calls(arch)``: from then on a launcher's call compiles its kernels for ``arch`` from the call's real
+    arguments and does not launch them. Returns the list of ``(kernel's name, compiled kernel)``."""
+    import triton
+    import triton_cases
+    from triton.runtime import driver
+
+    from lowmem.triton_kernels import lora
+
+    before = driver._active
+    compiled: list[tuple[str, Any]] = []
+    real = triton.JITFunction.run
+
+    def run(self, *args, grid, warmup, **options):
+        assert all(size >= 1 for size in grid)
+        compiled.append((self.fn.__name__, real(self, *args, grid=grid, warmup=True, **options)))
+
+    def prepare(arch: str) -> list[tuple[str, Any]]:
+        driver.set_active(_Driver(triton_cases.TARGETS[arch]))
+        monkeypatch.setattr(lora, "architecture", lambda device: arch)
+        monkeypatch.setattr(lora, "programs", lambda device: 132)
+        return compiled
+
+    monkeypatch.setattr(triton.JITFunction, "run", run)
+    with triton.knobs.cache.scope():
+        triton.knobs.cache.dir = str(CACHE / "calls")
+        yield prepare
+    driver._active = before
+
+
+@pytest.mark.skipif(not _usable(), reason="needs Triton, and TRITON_INTERPRET unset")
+@pytest.mark.parametrize(
+    "arch, m, k, n, r",
+    [
+        ("sm_90", 1024, 512, 512, 16),
+        ("sm_90", 1000, 504, 520, 5),  # rows of 16 bytes, but not of 32
+        ("sm_90", 999, 333, 77, 130),
+        ("sm_90", 1, 1, 1, 1),  # sizes and strides of 1 become constants
+        ("sm_90", 1, 512, 512, 1),
+        ("sm_80", 1024, 512, 512, 16),
+        ("sm_100", 1024, 512, 512, 16),
+    ],
+)
+def test_what_the_launchers_call_compiles(arch, m, k, n, r, compile_calls):
+    import torch
+
+    from lowmem.triton_kernels import lora
+    from lowmem.triton_kernels import lora_configs as configs
+
+    cpu = torch.device("cpu")
+    assert lora.architecture(cpu) is None
+    compiled = compile_calls(arch)
+    half = {"dtype": torch.bfloat16}
+    x, dy, w = torch.zeros(m, k, **half), torch.zeros(m, n, **half), torch.zeros(n, k, **half)
+    a, b, seed = torch.zeros(r, k), torch.zeros(n, r), torch.zeros(1, dtype=torch.int64)
+    s, bits = lora.shrink(x, a, 2.0, 0.1, seed, 1, True)
+    lora.shrink(x[:64], a, 2.0, 0.0, None, 0, False)
+    ds, _ = lora.dy_fused(dy, b, s, 2.0)
+    lora.da(ds, x, bits, 0.1, None, 1)
+    lora.da(ds, x, None, 0.1, seed, 1)
+    lora.masked_expand_fused(x, ds, a, bits, 0.1, None, 1, False)
+    lora.expand_fused(x, w, s, b, torch.zeros(n, **half))
+    lora.dx_fused(dy, w, ds, a, bits, 0.1, None, 1)
+    names = [name for name, _ in compiled]
+    assert {"shrink_kernel", "dy_kernel", "da_kernel", "draw_kernel", "masked_expand_kernel"} <= set(names)
+    assert "reduce_kernel" in names or m == 1, "no sum was split"
+    by_descriptor = arch != "sm_80" and k % 8 == 0 and n % 8 == 0
+    for name in ("expand", "dx"):
+        assert (f"{name}_descriptor_kernel" in names) is by_descriptor
+        assert (f"{name}_kernel" in names) is not by_descriptor
+    for name, kernel in compiled:
+        assert kernel.metadata.shared <= configs.SHARED_LIMIT[arch], name
+        assert _measure_cubin(kernel)["local"] == 0, f"{name} spills"
 
 
 # --------------------------------------------------------------------------------------- what the rules have to catch

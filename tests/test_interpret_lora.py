@@ -258,13 +258,13 @@ def test_fused_gemms(where, dtype, shape, descriptors):
 @everywhere
 def test_descriptor_kernels_serve_aligned_tensors_only(where):
     lora = launch()
-    aligned = torch.zeros(4, 16, device=where)
+    aligned = torch.zeros(4, 16, dtype=torch.float16, device=where)
     arch = lora.architecture(aligned.device)
     if arch not in ("interpreter", "sm_90", "sm_100"):
         pytest.skip(f"{arch} has no tensor descriptors")
     assert lora._descriptors(arch, aligned)
-    assert not lora._descriptors(arch, torch.zeros(4, 15, device=where)), "rows of 60 bytes"
-    assert not lora._descriptors(arch, torch.zeros(65, device=where)[1:].view(4, 16)), "a base at 4 bytes"
+    assert not lora._descriptors(arch, aligned.new_zeros(4, 15)), "rows of 30 bytes"
+    assert not lora._descriptors(arch, aligned.new_zeros(65)[1:].view(4, 16)), "a base at 2 bytes"
     assert not lora._descriptors(arch, aligned.T), "columns that are not contiguous"
     assert not lora._descriptors(arch, aligned[:1].expand(4, 16)), "rows that repeat"
     assert not lora._descriptors("sm_80", aligned)

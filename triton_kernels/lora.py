@@ -48,7 +48,7 @@ def _device_programs(index: int) -> int:
 
 def architecture(device: torch.device) -> str | None:
     """The configuration entry that serves ``device``; "interpreter" under ``TRITON_INTERPRET=1``; None: none does."""
-    if triton.runtime.interpreter.InterpretedFunction is type(kernels.reduce_kernel):
+    if not isinstance(kernels.reduce_kernel, triton.JITFunction):
         return "interpreter"
     return _device_architecture(device.index or 0) if device.type == "cuda" else None
 
@@ -357,15 +357,22 @@ def masked_expand_fused(
 
 def _descriptors(arch: str, *tensors: Tensor) -> bool:
     """Tensor descriptors can carry all of ``tensors``: 16-byte aligned base and rows, contiguous columns."""
-    return arch in _DESCRIPTORS and all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.dtype.itemsize % 16 == 0 and t.stride(1) == 1 and t.stride(0) > 0
-        for t in tensors
+    wide_enough = tensors[0].dtype.itemsize == 2 or arch == "interpreter"  # fp32 has no tiles for them
+    return (
+        arch in _DESCRIPTORS
+        and wide_enough
+        and all(
+            t.data_ptr() % 16 == 0 and t.stride(0) * t.dtype.itemsize % 16 == 0 and t.stride(1) == 1 and t.stride(0) > 0
+            for t in tensors
+        )
     )
 
 
-def _gemm(name: str, arch: str, x: Tensor, w: Tensor, rank: int) -> tuple[dict[str, Any], dict[str, Any], bool]:
+def _gemm(
+    name: str, arch: str, x: Tensor, w: Tensor, rank: int, by_descriptor: bool
+) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """Constants and launch options of a fused GEMM, and whether its descriptor kernel flattens its loops."""
-    small = _small(x, w)
+    small = not by_descriptor and _small(x, w)
     br = configs.rank_block(name, arch, rank, small)
     bm, bn, bk, warps, stages = configs.tile(name, arch, br, small)
     constants = dict(BM=bm, BN=bn, BK=bk, BR=br, RANK_TILES=_cdiv(rank, br), GROUP=configs.GROUP_ROWS)
@@ -383,13 +390,14 @@ def expand_fused(
     x, w, s, b = _rows(x), _rows(w), _rows(s), _rows(b)
     bias = bias if bias is None else bias.contiguous()
     y = x.new_empty(m, n)
-    constants, options, flatten = _gemm("expand", arch, x, w, r)
+    by_descriptor = descriptors and _descriptors(arch, x, w, y)
+    constants, options, flatten = _gemm("expand", arch, x, w, r, by_descriptor)
     bm, bn, bk = constants["BM"], constants["BN"], constants["BK"]
     tiles = _cdiv(m, bm) * _cdiv(n, bn)
     constants["BIAS"] = bias is not None
     rest = s, b, y if bias is None else bias
     with _on(x.device):
-        if descriptors and _descriptors(arch, x, w, y):
+        if by_descriptor:
             count = min(tiles, programs(x.device))
             gemm.expand_descriptor_kernel[(count,)](
                 TensorDescriptor(x, [m, k], [x.stride(0), 1], [bm, bk]),
@@ -424,13 +432,14 @@ def dx_fused(
     (m, n), k, r = dy.shape, w.shape[1], ds.shape[1]
     dy, w, ds, a = _rows(dy), _rows(w), _rows(ds), _rows(a)
     dx = dy.new_empty(m, k)
-    constants, options, flatten = _gemm("dx", arch, dy, w, r)
+    by_descriptor = descriptors and _descriptors(arch, dy, w, dx)
+    constants, options, flatten = _gemm("dx", arch, dy, w, r, by_descriptor)
     bm, bn, bk = constants["BM"], constants["BN"], constants["BK"]
     tiles = _cdiv(m, bm) * _cdiv(k, bn)
     scale = inv_keep(p) if p > 0 else 1.0
     with _on(dy.device):
         constants["DROP"], mask_bytes, stride_mask = _bits(m, k, mask, p, seed, child, dx)
-        if descriptors and _descriptors(arch, dy, w, dx):
+        if by_descriptor:
             count = min(tiles, programs(dy.device))
             gemm.dx_descriptor_kernel[(count,)](
                 TensorDescriptor(dy, [m, n], [dy.stride(0), 1], [bm, bk]),
@@ -469,7 +478,8 @@ def _dx_composed(
 def _fuses(
     kind: str, x: Tensor, w: Tensor | None, rank: int, shape: tuple[int, int, int], fused: Callable[[], Any]
 ) -> bool:
-    if w is None or w.numel() == 0 or _serves(x) is None or _small(x, w):
+    arch = _serves(x)
+    if w is None or w.numel() == 0 or arch is None or (_small(x, w) and not _descriptors(arch, x, w)):
         return False
 
     def measure() -> lora_rule.Rates:
