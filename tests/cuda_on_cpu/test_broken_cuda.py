@@ -101,8 +101,6 @@ def test_inputs_cannot_be_written(rig):
 
 
 SOUND = {name: sizes[:2] for name, sizes in MISTAKES.items()} | UNSOUND_VALUES | {"spinning": (64, 64)}
-    {name: (columns, width) for name, (columns, width, _) in MISTAKES.items()} | UNSOUND_VALUES | {"spinning": (64, 64)}
-)
 
 
 @pytest.mark.parametrize("name", SOUND)
