@@ -4,7 +4,7 @@ No GPU is needed. Per configuration: registers, local memory (spills), shared me
 and the instructions meant (tensor cores, 16-byte loads, descriptor copies), read from the machine code.
 `tests/budgets/triton.json` holds what each may take with the pinned Triton; `LOWMEM_UPDATE_BUDGETS=1` rewrites the
 entries that are compiled (in one process: -n 0); `LOWMEM_COMPILE_FULL=1` compiles the whole matrix, not only what
-`make test` does.
+`make test` does (a configuration beyond it that has no entry yet is held to the rules for all kernels).
 Results are kept in `.cache/compile_targets/` by a hash of the kernel's source, its configuration and Triton's version.
 """
 
@@ -215,8 +215,8 @@ def test_kernel(case):
     else:
         held = budgets()
         if held["triton"] == triton.__version__:
-            assert case.id in held["kernels"], "no budget: LOWMEM_UPDATE_BUDGETS=1 writes one"
-            over = over_budget(got, held["kernels"][case.id])
+            assert case.id in held["kernels"] or FULL, "no budget: LOWMEM_UPDATE_BUDGETS=1 writes one"
+            over = over_budget(got, held["kernels"].get(case.id, got))
             assert not over, f"{case.id}: over its budget: {'; '.join(over)}"
     wrong = problems(case, got)
     assert not wrong, f"{case.id}: {'; '.join(wrong)}"

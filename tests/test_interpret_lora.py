@@ -371,7 +371,8 @@ def test_split_sums_repeat_their_bits(where, monkeypatch):
     lora = launch()
     q = Problem(where, torch.float16, 70, 170, 60, 9)
     monkeypatch.setattr(lora, "programs", lambda device: 16)  # enough programs that every reduction is split
-    assert lora._parts(170, 32, 3, q.x.device, 2)[0] > 1
+    for kernel, length, step, tiles in (("shrink", 170, 32, 5), ("dy", 70, 16, 2), ("da", 70, 16, 6)):
+        assert lora._parts(kernel, length, step, tiles, q.x.device, 2)[0] > 1
 
     def run():
         s, bits = lora.shrink(q.x, q.a, 2.0, 0.3, q.seed, 1, True)

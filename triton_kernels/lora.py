@@ -88,11 +88,12 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _parts(length: int, step: int, tiles: int, device: torch.device, at_least: int) -> tuple[int, int]:
-    """``(parts, chunk)``: how a reduction over ``length`` is split so that ``tiles`` tiles fill the device about four
-    times; ``chunk`` is a multiple of ``step``, and no part is shorter than ``at_least`` steps."""
+def _parts(kernel: str, length: int, step: int, tiles: int, device: torch.device, at_least: int) -> tuple[int, int]:
+    """``(parts, chunk)``: how a reduction over ``length`` is split so that all programs of ``tiles`` tiles are resident
+    at once and none waits for a second turn; ``chunk`` is a multiple of ``step``, no part shorter than ``at_least``
+    steps. It depends on the GPU's model and the sizes alone, so a device repeats its bits."""
     steps = _cdiv(length, step)
-    wanted = _cdiv(4 * programs(device), tiles)
+    wanted = configs.RESIDENT[kernel] * programs(device) // tiles
     each = _cdiv(steps, max(1, min(wanted, steps // at_least)))
     return _cdiv(steps, each), each * step
 
@@ -145,7 +146,7 @@ def shrink(
     br = configs.rank_block(name, arch, r, small)
     bm, bk, _, warps, stages = configs.tile(name, arch, br, small)
     tiles = _cdiv(m, bm), _cdiv(r, br)
-    parts, chunk = _parts(k, bk, tiles[0] * tiles[1], x.device, 2 if arch == "interpreter" else 8)
+    parts, chunk = _parts(name, k, bk, tiles[0] * tiles[1], x.device, 2 if arch == "interpreter" else 8)
     s = x.new_empty(m, r)
     out = s if parts == 1 else x.new_empty(parts, m, r, dtype=torch.float32)
     save = save_mask and p > 0
@@ -210,7 +211,7 @@ def dy_fused(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Te
     br = configs.rank_block("dy", arch, r, small)
     bm, bn, _, warps, stages = configs.tile("dy", arch, br, small)
     strips, rank_tiles = _cdiv(n, bn), _cdiv(r, br)
-    parts, chunk = _parts(m, bm, 2 * strips * rank_tiles, dy.device, 2)
+    parts, chunk = _parts("dy", m, bm, strips * rank_tiles, dy.device, 2)
     ds, db = dy.new_empty(m, r), dy.new_empty(n, r, dtype=torch.float32)
     ds_out = ds if strips == 1 else dy.new_empty(strips, m, r, dtype=torch.float32)
     db_out = db if parts == 1 else dy.new_empty(parts, n, r, dtype=torch.float32)
@@ -258,7 +259,7 @@ def da(ds: Tensor, x: Tensor, mask: Tensor | None, p: float, seed: Tensor | None
     br = configs.rank_block("da", arch, r, small)
     bm, bk, _, warps, stages = configs.tile("da", arch, br, small)
     tiles = _cdiv(k, bk), _cdiv(r, br)
-    parts, chunk = _parts(m, bm, tiles[0] * tiles[1], x.device, 2)
+    parts, chunk = _parts("da", m, bm, tiles[0] * tiles[1], x.device, 2)
     out = x.new_empty(r, k, dtype=torch.float32)
     partial = out if parts == 1 else x.new_empty(parts, r, k, dtype=torch.float32)
     full = inv_keep(p) if p > 0 else 1.0
