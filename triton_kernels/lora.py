@@ -154,32 +154,11 @@ def shrink(
     full = scale * inv_keep(p) if p > 0 else scale
     with _on(x.device):
         kernels.shrink_kernel[(tiles[0], parts, tiles[1])](
-            x,
-            a,
-            out,
-            bits.view(torch.uint8) if save else x,
-            seed if p > 0 else x,
-            m,
-            k,
-            r,
-            x.stride(0),
-            a.stride(0),
-            _cdiv(k, 32) * 4,
-            chunk,
-            full if parts == 1 else 1.0,
-            threshold(p),
-            child,
-            DROP=p > 0,
-            SAVE=save,
-            PAIRS=_pairs(x),
-            EVEN=k % bk == 0,
-            PRECISION=_precision(x),
-            BM=bm,
-            BK=bk,
-            BR=br,
-            num_warps=warps,
-            num_stages=stages,
-        )
+            x, a, out, bits.view(torch.uint8) if save else x, seed if p > 0 else x, m, k, r, x.stride(0), a.stride(0),
+            _cdiv(k, 32) * 4, chunk, full if parts == 1 else 1.0, threshold(p), child,
+            DROP=p > 0, SAVE=save, PAIRS=_pairs(x), EVEN=k % bk == 0, PRECISION=_precision(x), BM=bm, BK=bk, BR=br,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
         if parts > 1:
             _reduce(out, s, full)
     return s, bits
@@ -217,27 +196,10 @@ def dy_fused(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Te
     db_out = db if parts == 1 else dy.new_empty(parts, n, r, dtype=torch.float32)
     with _on(dy.device):
         kernels.dy_kernel[(strips, parts, rank_tiles)](
-            dy,
-            b,
-            s,
-            ds_out,
-            db_out,
-            m,
-            n,
-            r,
-            dy.stride(0),
-            b.stride(0),
-            s.stride(0),
-            chunk,
+            dy, b, s, ds_out, db_out, m, n, r, dy.stride(0), b.stride(0), s.stride(0), chunk,
             scale if strips == 1 else 1.0,
-            EVEN=n % bn == 0,
-            PRECISION=_precision(dy),
-            BM=bm,
-            BN=bn,
-            BR=br,
-            num_warps=warps,
-            num_stages=stages,
-        )
+            EVEN=n % bn == 0, PRECISION=_precision(dy), BM=bm, BN=bn, BR=br, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
         if strips > 1:
             _reduce(ds_out, ds, scale)
         if parts > 1:
@@ -266,28 +228,11 @@ def da(ds: Tensor, x: Tensor, mask: Tensor | None, p: float, seed: Tensor | None
     with _on(x.device):
         drop, mask_bytes, stride_mask = _bits(m, k, mask, p, seed, child, x)
         kernels.da_kernel[(tiles[0], parts, tiles[1])](
-            ds,
-            x,
-            mask_bytes,
-            partial,
-            m,
-            k,
-            r,
-            ds.stride(0),
-            x.stride(0),
-            stride_mask,
-            chunk,
+            ds, x, mask_bytes, partial, m, k, r, ds.stride(0), x.stride(0), stride_mask, chunk,
             full if parts == 1 else 1.0,
-            DROP=drop,
-            PAIRS=_pairs(x),
-            EVEN=k % bk == 0,
-            PRECISION=_precision(x),
-            BM=bm,
-            BK=bk,
-            BR=br,
-            num_warps=warps,
-            num_stages=stages,
-        )
+            DROP=drop, PAIRS=_pairs(x), EVEN=k % bk == 0, PRECISION=_precision(x), BM=bm, BK=bk, BR=br,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
         if parts > 1:
             _reduce(partial, out, full)
     return out
@@ -329,28 +274,11 @@ def masked_expand_fused(
     with _on(out.device):
         drop, mask_bytes, stride_mask = _bits(m, k, mask, p, seed, child, out)
         kernels.masked_expand_kernel[(_cdiv(m, bm), _cdiv(k, bk))](
-            out,
-            ds,
-            a,
-            mask_bytes,
-            m,
-            k,
-            r,
-            out.stride(0),
-            ds.stride(0),
-            a.stride(0),
-            stride_mask,
+            out, ds, a, mask_bytes, m, k, r, out.stride(0), ds.stride(0), a.stride(0), stride_mask,
             inv_keep(p) if p > 0 else 1.0,
-            DROP=drop,
-            ACCUMULATE=accumulate,
-            EVEN=k % bk == 0,
-            PRECISION=_precision(out),
-            BM=bm,
-            BK=bk,
-            BR=br,
-            num_warps=warps,
-            num_stages=stages,
-        )
+            DROP=drop, ACCUMULATE=accumulate, EVEN=k % bk == 0, PRECISION=_precision(out), BM=bm, BK=bk, BR=br,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- fused GEMMs
