@@ -35,6 +35,9 @@ struct DyShape {
   static constexpr int kBElements = kTensorCores ? 0 : kPanel * R;
   static constexpr size_t kShared = sizeof(T) * (kStages * (kDyTile + kSTile) + kBElements) + sizeof(float) * 2 * kRed;
 
+  static_assert(kShared <= 163 * 1024, "a block must fit on sm_80");
+  static_assert(R > 16 || 2 * (kShared + 1024) <= 227 * 1024, "two blocks must fit on sm_90");
+
   // Where piece `chunk` of a row lies: pieces change places within groups of eight, so that eight rows of one column,
   // or eight columns of one row, are in different banks.
   static __device__ __forceinline__ int at(int row, int chunk) { return row * kPanel + (chunk ^ (row & 7)) * kChunk; }
