@@ -9,9 +9,10 @@ Three libraries, each built where its sources and its compiler are there:
 ``lowmem/_host``          csrc/host/*.cpp     torch-free helpers on the host, pybind11; a C++17 compiler
 ========================  ==================  ========================================================================
 
-The first two depend on no Python and on no torch above 2.11, so one wheel (cp310-abi3) serves them all. Without a
-compiler the wheel is pure Python: every operator then runs as plain torch or Triton. ENV.md lists the environment
-flags read here: LOWMEM_SKIP_BUILD, FORCE_CUDA, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, NVCC_THREADS, CXX.
+The first two depend on no Python version and on no torch above 2.11, so one wheel (cp310-abi3) serves them all. The
+third is bound to the Python that built it, and its file name says so: another Python does not see it and runs the twin
+in Python (lowmem/sched). Without a compiler the wheel is pure Python: every operator then runs as plain torch or
+Triton. ENV.md lists the environment flags read here.
 """
 
 from __future__ import annotations
@@ -121,14 +122,13 @@ def cuda_extension(cpp_extension, home: Path, release: tuple[int, int]):
 
 def host_extension():
     """``lowmem/_host``: no torch in it."""
-    import numpy
     import pybind11
     from setuptools import Extension
 
     return Extension(
         "lowmem._host",
         sources("csrc/host/*.cpp"),
-        include_dirs=[str(ROOT / "csrc"), pybind11.get_include(), numpy.get_include()],
+        include_dirs=[str(ROOT / "csrc"), pybind11.get_include()],
         depends=sources("csrc/c*/*.h") + sources("csrc/host/*.h"),
         extra_compile_args={"cxx": CXX_FLAGS},
         language="c++",
@@ -178,12 +178,10 @@ def build_command():
 
 found = extensions()
 if found:
-    # pybind11 modules are bound to one Python version: only a wheel of operator libraries alone may say abi3
-    abi3 = all(ext.py_limited_api for ext in found)
     setup(
         ext_modules=found,
         cmdclass={"build_ext": build_command()},
-        options={"bdist_wheel": {"py_limited_api": "cp310"}} if abi3 else {},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )
 else:
     setup()

@@ -88,7 +88,10 @@ def runs_under():
 
     def run(backend, code, **environment):
         env = {**os.environ, "LOWMEM_BACKEND": backend, **environment}
-        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+        root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, timeout=300
+        )
         assert done.returncode == 0, done.stderr[-4000:]
         return done.stdout
 

@@ -20,15 +20,17 @@ class ToolMissingError(RuntimeError):
 
 
 def cuda_home() -> Path | None:
-    """The CUDA toolkit: ``$CUDA_HOME`` or ``$CUDA_PATH``, else that of the PATH's ``nvcc``, else /usr/local/cuda."""
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if os.environ.get(variable):
-            return Path(os.environ[variable])
+    """The CUDA toolkit: ``$CUDA_HOME``, ``$CUDA_PATH``, that of the PATH's ``nvcc``, or /usr/local/cuda.
+
+    A place counts only with compiler and headers: the ``nvcc`` of a PATH may be a wrapper far from its toolkit.
+    """
     on_path = shutil.which("nvcc")
-    if on_path:
-        return Path(on_path).resolve().parent.parent
-    usual = Path("/usr/local/cuda")
-    return usual if usual.exists() else None
+    places = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    places += [str(Path(on_path).resolve().parent.parent) if on_path else None, "/usr/local/cuda"]
+    for place in places:
+        if place and all((Path(place) / file).exists() for file in ("bin/nvcc", "include/cuda_runtime.h")):
+            return Path(place)
+    return None
 
 
 def _places(name: str) -> list[Path]:

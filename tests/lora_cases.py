@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from lowmem.ops import lora
 from lowmem.ops.philox import inv_keep, keep_mask, pack_bits
-from lowmem.testing import LAYOUTS, assert_close_to_reference, reference_pair, terms_of
+from lowmem.testing import LAYOUTS, assert_close_to_reference, poison_empties, reference_pair, terms_of, to64
 
 SEED = 0x0123456789ABCDEF
 OPERATORS = ("lora_shrink", "lora_expand", "lora_dy", "lora_masked_expand_", "lora_dx", "lora_da")
@@ -171,6 +171,33 @@ def check_case(name: str, case: Case, **kwargs: Any) -> tuple[torch.Tensor, ...]
     return check(name, arguments(name, case), what=str(case), **kwargs)
 
 
+def check_repeats(name: str, args: tuple[Any, ...], *, implementation: Any = None, runs: int = 4) -> None:
+    """Every run on two threads gives the same bits."""
+    run = served(name) if implementation is None else functional(name, implementation)
+    torch.set_num_threads(2)
+    try:
+        first, *others = (run(*args) for _ in range(runs))
+    finally:
+        torch.set_num_threads(1)
+    for other in others:
+        for i, (one, two) in enumerate(zip(first, other, strict=True)):
+            assert torch.equal(one, two), f"{name}[{i}]: two runs differ in {int((one != two).sum())} elements"
+
+
+def check_writes_inside(args: tuple[Any, ...], *, implementation: Any = None) -> None:
+    """lora_masked_expand_ on ``args`` changes its view and nothing of the storage round it."""
+    run = torch.ops.lowmem.lora_masked_expand_ if implementation is None else implementation
+    out = copy_in_place(args[0])
+    inside = torch.zeros(out.untyped_storage().nbytes() // out.element_size(), dtype=torch.bool, device=out.device)
+    inside.as_strided(out.size(), out.stride(), out.storage_offset()).fill_(True)
+    memory = out.as_strided(inside.shape, (1,), 0)
+    before = memory.clone()
+    run(out, *args[1:])
+    same = (memory == before) | (memory.isnan() & before.isnan())
+    assert same[~inside].all(), "written outside the view"
+    assert not same[inside].all(), "nothing written"
+
+
 # -------------------------------------------------------------------------------------------------- the whole linear
 
 
@@ -251,3 +278,31 @@ def bounds(inputs: dict[str, Any]) -> dict[str, tuple[torch.Tensor, list[torch.T
         "bias": (dy.abs().sum(0), []),
         "gate": ((bare_sum * (dy.abs() @ b.abs())).sum(0), [(bare * (dy @ b)).abs().sum(0)]),
     }
+
+
+def check_linear(
+    case: Case,
+    *,
+    trainable: tuple[str, ...] = ("x", "a", "b"),
+    lead: tuple[int, ...] | None = None,
+    fn: Any = lora.lora_linear,
+) -> dict[str, Any]:
+    """y and every gradient of ``fn`` against plain torch with the same mask, by the error rule."""
+    inputs = linear_inputs(case, lead)
+    with poison_empties():
+        actual = run_linear(fn, inputs, trainable=trainable, save_mask=case.bits)
+    exact = run_linear(composed, dict(zip(inputs, to64(*inputs.values()), strict=True)), trainable=trainable)
+    low = run_linear(composed, inputs, trainable=trainable)
+    limits = bounds(inputs)
+    for key, got in actual.items():
+        terms, rounded = limits[key]
+        assert_close_to_reference(
+            got,
+            exact[key],
+            low[key],
+            terms=terms,
+            rounded=rounded,
+            rounded_to=inputs["x"].dtype,
+            what=f"{key} of {case}",
+        )
+    return actual

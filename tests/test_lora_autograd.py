@@ -6,35 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lora_cases import PRECISIONS, SEED, Case, bounds, composed, linear_inputs, run_linear, upstream_like
+from lora_cases import PRECISIONS, SEED, Case, check_linear, composed, linear_inputs, run_linear, upstream_like
 
 from lowmem.ops import lora_linear
 from lowmem.ops.philox import keep_mask
-from lowmem.testing import LAYOUTS, RANKS, assert_close_to_reference, poison_empties, saved_for_backward, to64
+from lowmem.testing import LAYOUTS, RANKS, saved_for_backward
 
 ALL = ("x", "base", "bias", "a", "b")
-
-
-def check_linear(case, *, trainable=("x", "a", "b"), lead=None, fn=lora_linear):
-    """y and every gradient of ``fn`` against plain torch with the same mask, by the error rule."""
-    inputs = linear_inputs(case, lead)
-    with poison_empties():
-        actual = run_linear(fn, inputs, trainable=trainable, save_mask=case.bits)
-    exact = run_linear(composed, dict(zip(inputs, to64(*inputs.values()), strict=True)), trainable=trainable)
-    low = run_linear(composed, inputs, trainable=trainable)
-    limits = bounds(inputs)
-    for key, got in actual.items():
-        terms, rounded = limits[key]
-        assert_close_to_reference(
-            got,
-            exact[key],
-            low[key],
-            terms=terms,
-            rounded=rounded,
-            rounded_to=inputs["x"].dtype,
-            what=f"{key} of {case}",
-        )
-    return actual
 
 
 @pytest.mark.parametrize("bits", [True, False])

@@ -8,30 +8,16 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from lora_cases import Case, bounds, composed, linear_inputs, run_linear
+from lora_cases import Case, check_linear, linear_inputs, run_linear
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lowmem.ops import lora_linear
 from lowmem.ops.philox import keep_mask
-from lowmem.testing import assert_close_to_reference, saved_bytes, saved_for_backward, to64
+from lowmem.testing import saved_bytes, saved_for_backward
 
 pytestmark = pytest.mark.usefixtures("poisoned")
-
-
-def check(case, lead=None):
-    """y and the gradients of x, A and B against plain torch with the same mask."""
-    inputs = linear_inputs(case, lead)
-    actual = run_linear(lora_linear, inputs)
-    exact = run_linear(composed, dict(zip(inputs, to64(*inputs.values()), strict=True)))
-    low = run_linear(composed, inputs)
-    limits = bounds(inputs)
-    for key, got in actual.items():
-        terms, rounded = limits[key]
-        rounding = {"terms": terms, "rounded": rounded, "rounded_to": inputs["x"].dtype}
-        assert_close_to_reference(got, exact[key], low[key], what=f"{key} of {case}", **rounding)
-    return actual
 
 
 # ---------------------------------------------------------------------------------------------------------- LoRAFusion
@@ -39,14 +25,14 @@ def check(case, lead=None):
 
 @pytest.mark.parametrize("p", [0, 0.0, -0.0])
 def test_lorafusion_backward_crashes_without_dropout(p, device):
-    grads = check(Case(p=p, device=device))
+    grads = check_linear(Case(p=p, device=device))
     assert grads["a"].any() and grads["b"].any() and grads["x"].any()
 
 
 def test_lorafusion_crashes_on_two_dimensional_input(device):
-    two = check(Case(m=24, device=device))
-    three = check(Case(m=24, device=device), lead=(2, 12))
-    four = check(Case(m=24, device=device), lead=(2, 3, 4))
+    two = check_linear(Case(m=24, device=device))
+    three = check_linear(Case(m=24, device=device), lead=(2, 12))
+    four = check_linear(Case(m=24, device=device), lead=(2, 3, 4))
     assert torch.equal(two["y"], three["y"].view(24, -1)) and torch.equal(two["y"], four["y"].view(24, -1))
     one = run_linear(lora_linear, linear_inputs(Case(m=1, device=device), ()))
     assert one["y"].shape == (33,) and one["x"].shape == (100,)
@@ -55,23 +41,23 @@ def test_lorafusion_crashes_on_two_dimensional_input(device):
 @pytest.mark.parametrize("r", [1, 2, 3, 5, 7, 8, 12, 15, 17, 24, 48, 96, 100, 129, 511])
 def test_lorafusion_wants_a_rank_that_is_a_power_of_two_and_at_least_16(r, device):
     for precision in ("fp32", "bf16"):
-        check(Case(m=19, k=96, n=64, r=r, precision=precision, device=device))
+        check_linear(Case(m=19, k=96, n=64, r=r, precision=precision, device=device))
 
 
 @pytest.mark.parametrize("k", [1, 8, 255, 257, 384, 11, 777])
 def test_lorafusion_wants_k_divisible_by_256(k, device):
     for precision in ("fp32", "bf16"):
-        check(Case(m=19, k=k, n=37, precision=precision, device=device))
+        check_linear(Case(m=19, k=k, n=37, precision=precision, device=device))
 
 
 @pytest.mark.parametrize("n", [1, 8, 129, 255, 300])
 def test_lorafusion_wants_n_to_fit_its_blocks(n, device):
-    check(Case(m=130, k=96, n=n, precision="bf16", device=device))
+    check_linear(Case(m=130, k=96, n=n, precision="bf16", device=device))
 
 
 @pytest.mark.parametrize("precision", ["bf16+fp32", "fp16+fp32"])
 def test_lorafusion_wants_all_tensors_in_one_dtype(precision, device):
-    grads = check(Case(m=19, precision=precision, device=device))
+    grads = check_linear(Case(m=19, precision=precision, device=device))
     assert grads["a"].dtype == grads["b"].dtype == torch.float32
     assert grads["x"].dtype == grads["y"].dtype != torch.float32
 
@@ -108,7 +94,7 @@ def test_lorafusion_accepts_only_four_models_of_gpu(device, monkeypatch):
             monkeypatch.setattr(torch.cuda, name, refuse)
     else:
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "NVIDIA Unheard-of 9000")
-    check(Case(m=19, precision="bf16", device=device))
+    check_linear(Case(m=19, precision="bf16", device=device))
 
 
 def test_lorafusion_materialises_the_dropped_input_and_a_byte_mask(device):
@@ -208,7 +194,7 @@ def test_peft_leaves_dropout_and_bias_off_the_fast_path(device):
     # unsloth#23: "dropout = 0 and bias = none are optimised" there; here all four take the same operators
     for p in (0.0, 0.1):
         for bias in (True, False):
-            check(Case(m=19, p=p, bias=bias, precision="bf16", device=device))
+            check_linear(Case(m=19, p=p, bias=bias, precision="bf16", device=device))
 
 
 def test_peft_breaks_the_graph_under_compile(device):

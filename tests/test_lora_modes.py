@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch._dynamo.testing
 import torch.nn.functional as F
-from lora_cases import Case, bounds, composed, linear_inputs, run_linear
+from lora_cases import Case, check_linear, composed, linear_inputs, run_linear
 from torch.utils.checkpoint import checkpoint
 
 from lowmem.ops import lora_linear
-from lowmem.testing import assert_close_to_reference, to64
 
 # ------------------------------------------------------------------------------------------------------------ autocast
 
@@ -75,17 +74,8 @@ def test_compile_aot_eager_gives_eager_bits(p, save_mask, device):
 @pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("precision", ["fp32", "bf16+fp32"])
 def test_compile_inductor_draws_the_same_mask(precision, device):
-    inputs = linear_inputs(Case(m=20, p=0.3, precision=precision, device=device))
     compiled = torch.compile(lora_linear, fullgraph=True, backend="inductor")
-    actual = run_linear(compiled, inputs)
-    exact = run_linear(composed, dict(zip(inputs, to64(*inputs.values()), strict=True)))
-    low = run_linear(composed, inputs)
-    limits = bounds(inputs)
-    for key, got in actual.items():
-        terms, rounded = limits[key]
-        assert_close_to_reference(
-            got, exact[key], low[key], terms=terms, rounded=rounded, rounded_to=inputs["x"].dtype, what=key
-        )
+    check_linear(Case(m=20, p=0.3, precision=precision, device=device), fn=compiled)
 
 
 @pytest.mark.usefixtures("fresh_dynamo")

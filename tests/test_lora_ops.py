@@ -15,12 +15,14 @@ from lora_cases import (
     arguments,
     check,
     check_case,
-    copy_in_place,
+    check_repeats,
+    check_writes_inside,
     functional,
     served,
     tensors,
 )
 
+from lowmem import _dispatch
 from lowmem.ops.philox import inv_keep, keep_mask, pack_bits
 from lowmem.testing import LAYOUTS, RANKS, assert_close_to_reference, huge_view, reference_pair
 
@@ -54,7 +56,7 @@ def test_every_rank(name, precision, device):
 @every_operator
 def test_rank_512(name, device):
     for precision in ("fp32", "bf16"):
-        check_case(name, Case(m=33, k=97, n=41, r=512, precision=precision, device=device), threads=2)
+        check_case(name, Case(m=17, k=1093, n=1031, r=512, precision=precision, device=device), threads=2)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -130,14 +132,7 @@ def test_bits_and_seed_give_the_same_bits_of_result(device):
 def test_masked_expand_writes_only_its_view(layout, device):
     for accumulate in (True, False):
         args = arguments("lora_masked_expand_", Case(layout=layout, accumulate=accumulate, device=device))
-        out = copy_in_place(args[0])
-        inside = torch.zeros(out.untyped_storage().nbytes() // out.element_size(), dtype=torch.bool, device=device)
-        inside.as_strided(out.size(), out.stride(), out.storage_offset()).fill_(True)
-        memory = out.as_strided(inside.shape, (1,), 0)
-        before = memory.clone()
-        torch.ops.lowmem.lora_masked_expand_(out, *args[1:])
-        assert torch.equal(memory[~inside].nan_to_num(123.0), before[~inside].nan_to_num(123.0))
-        assert not torch.equal(memory[inside], before[inside])
+        check_writes_inside(args)
 
 
 def test_masked_expand_without_accumulate_ignores_what_was_there(device):
@@ -159,15 +154,10 @@ def test_p_of_one_gives_zero(device):
         assert torch.equal(out, before)
 
 
-@pytest.mark.usefixtures("two_threads")
 @every_operator
 def test_two_runs_give_the_same_bits(name, device):
     for precision in ("fp32", "bf16"):
-        args = arguments(name, Case(m=300, k=515, n=260, r=16, precision=precision, device=device))
-        first = served(name)(*args)
-        for _ in range(3):
-            for one, two in zip(first, served(name)(*args), strict=True):
-                assert torch.equal(one, two)
+        check_repeats(name, arguments(name, Case(m=300, k=515, n=260, r=16, precision=precision, device=device)))
 
 
 def test_kept_elements_do_not_depend_on_other_rows(device):
@@ -348,5 +338,35 @@ def test_the_mask_scale_is_exact_for_p_in_65536ths(device):
 def test_large_enough_to_be_split_over_threads(name, device):
     # several row and column blocks, none of them full
     for precision, p, bits in (("fp32", 0.0, True), ("fp32", 0.1, True), ("bf16", 0.1, False)):
-        case = Case(m=523, k=777, n=1031, r=24, precision=precision, p=p, bits=bits, device=device)
+        case = Case(m=523, k=1093, n=1031, r=24, precision=precision, p=p, bits=bits, device=device)
         check_case(name, case, threads=2)
+
+
+EVERY_LEVEL = """
+import itertools, sys
+sys.path.insert(0, "tests")
+from lora_cases import OPERATORS, PRECISIONS, Case, check_case
+from lowmem.testing import LAYOUTS, poison_empties
+with poison_empties():
+    for name, precision in itertools.product(OPERATORS, PRECISIONS):
+        for m, k, n, r in ((1, 1, 1, 1), (7, 31, 9, 3), (33, 100, 65, 16), (65, 257, 40, 33), (13, 515, 129, 130)):
+            for p, bits in ((0.0, True), (0.3, True), (0.3, False)):
+                check_case(name, Case(m=m, k=k, n=n, r=r, p=p, bits=bits, precision=precision))
+        for layout in LAYOUTS:
+            check_case(name, Case(m=9, k=77, n=40, layout=layout, adapters=layout, precision=precision))
+print("all checked")
+"""
+
+
+@pytest.mark.parametrize("level", ["plain", "avx2", "avx512", "avx512_bf16"])
+def test_every_instruction_set(level, runs_under):
+    # this process took the best one the machine has; LOWMEM_CPU_ISA is read once a process
+    if not _dispatch.CPU.loaded:
+        pytest.skip(_dispatch.CPU.why_not)
+    try:
+        said = runs_under("auto", EVERY_LEVEL, LOWMEM_CPU_ISA=level)
+    except AssertionError as error:
+        if "LOWMEM_CPU_ISA: expected one of" in str(error):
+            pytest.skip(f"this processor has no {level}")
+        raise
+    assert "all checked" in said

@@ -161,11 +161,22 @@ def _gemms(arch: str, dtype: str) -> list[Case]:
 
 
 def every() -> list[Case]:
-    """The full matrix."""
+    """The full matrix; fp16 on two architectures only: all that differs from bf16 is the opcode of the products."""
     cases = []
     for arch in TARGETS:
-        for dtype in ("bf16", "fp16", "fp32"):
+        for dtype in ("bf16", "fp16", "fp32") if arch in ("sm_80", "sm_90") else ("bf16", "fp32"):
             cases += _memory_bound(arch, dtype)
-        for dtype in ("bf16", "fp16"):
+        for dtype in ("bf16", "fp16") if arch in ("sm_80", "sm_90") else ("bf16",):
             cases += _gemms(arch, dtype)
     return cases
+
+
+def usual() -> list[Case]:
+    """What `make test` compiles: bf16, everything on sm_90 and rank 16 with sizes that 16 divides elsewhere."""
+    return [
+        case
+        for case in every()
+        if case.dtype == "bf16"
+        and case.arch != "sm_86"
+        and (case.arch == "sm_90" or (case.aligned and ("r16" in case.name or "-r" not in case.name)))
+    ]

@@ -48,7 +48,7 @@ def _device_programs(index: int) -> int:
 
 def architecture(device: torch.device) -> str | None:
     """The configuration entry that serves ``device``; "interpreter" under ``TRITON_INTERPRET=1``; None: none does."""
-    if triton.runtime.interpreter.InterpretedFunction is type(kernels.reduce_kernel):
+    if not isinstance(kernels.reduce_kernel, triton.JITFunction):
         return "interpreter"
     return _device_architecture(device.index or 0) if device.type == "cuda" else None
 
@@ -88,11 +88,12 @@ def _cdiv(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _parts(length: int, step: int, tiles: int, device: torch.device, at_least: int) -> tuple[int, int]:
-    """``(parts, chunk)``: how a reduction over ``length`` is split so that ``tiles`` tiles fill the device about four
-    times; ``chunk`` is a multiple of ``step``, and no part is shorter than ``at_least`` steps."""
+def _parts(kernel: str, length: int, step: int, tiles: int, device: torch.device, at_least: int) -> tuple[int, int]:
+    """``(parts, chunk)``: how a reduction over ``length`` is split so that all programs of ``tiles`` tiles are resident
+    at once and none waits for a second turn; ``chunk`` is a multiple of ``step``, no part shorter than ``at_least``
+    steps. It depends on the GPU's model and the sizes alone, so a device repeats its bits."""
     steps = _cdiv(length, step)
-    wanted = _cdiv(4 * programs(device), tiles)
+    wanted = configs.RESIDENT[kernel] * programs(device) // tiles
     each = _cdiv(steps, max(1, min(wanted, steps // at_least)))
     return _cdiv(steps, each), each * step
 
@@ -145,7 +146,7 @@ def shrink(
     br = configs.rank_block(name, arch, r, small)
     bm, bk, _, warps, stages = configs.tile(name, arch, br, small)
     tiles = _cdiv(m, bm), _cdiv(r, br)
-    parts, chunk = _parts(k, bk, tiles[0] * tiles[1], x.device, 2 if arch == "interpreter" else 8)
+    parts, chunk = _parts(name, k, bk, tiles[0] * tiles[1], x.device, 2 if arch == "interpreter" else 8)
     s = x.new_empty(m, r)
     out = s if parts == 1 else x.new_empty(parts, m, r, dtype=torch.float32)
     save = save_mask and p > 0
@@ -153,32 +154,11 @@ def shrink(
     full = scale * inv_keep(p) if p > 0 else scale
     with _on(x.device):
         kernels.shrink_kernel[(tiles[0], parts, tiles[1])](
-            x,
-            a,
-            out,
-            bits.view(torch.uint8) if save else x,
-            seed if p > 0 else x,
-            m,
-            k,
-            r,
-            x.stride(0),
-            a.stride(0),
-            _cdiv(k, 32) * 4,
-            chunk,
-            full if parts == 1 else 1.0,
-            threshold(p),
-            child,
-            DROP=p > 0,
-            SAVE=save,
-            PAIRS=_pairs(x),
-            EVEN=k % bk == 0,
-            PRECISION=_precision(x),
-            BM=bm,
-            BK=bk,
-            BR=br,
-            num_warps=warps,
-            num_stages=stages,
-        )
+            x, a, out, bits.view(torch.uint8) if save else x, seed if p > 0 else x, m, k, r, x.stride(0), a.stride(0),
+            _cdiv(k, 32) * 4, chunk, full if parts == 1 else 1.0, threshold(p), child,
+            DROP=p > 0, SAVE=save, PAIRS=_pairs(x), EVEN=k % bk == 0, PRECISION=_precision(x), BM=bm, BK=bk, BR=br,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
         if parts > 1:
             _reduce(out, s, full)
     return s, bits
@@ -210,33 +190,16 @@ def dy_fused(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Te
     br = configs.rank_block("dy", arch, r, small)
     bm, bn, _, warps, stages = configs.tile("dy", arch, br, small)
     strips, rank_tiles = _cdiv(n, bn), _cdiv(r, br)
-    parts, chunk = _parts(m, bm, 2 * strips * rank_tiles, dy.device, 2)
+    parts, chunk = _parts("dy", m, bm, strips * rank_tiles, dy.device, 2)
     ds, db = dy.new_empty(m, r), dy.new_empty(n, r, dtype=torch.float32)
     ds_out = ds if strips == 1 else dy.new_empty(strips, m, r, dtype=torch.float32)
     db_out = db if parts == 1 else dy.new_empty(parts, n, r, dtype=torch.float32)
     with _on(dy.device):
         kernels.dy_kernel[(strips, parts, rank_tiles)](
-            dy,
-            b,
-            s,
-            ds_out,
-            db_out,
-            m,
-            n,
-            r,
-            dy.stride(0),
-            b.stride(0),
-            s.stride(0),
-            chunk,
+            dy, b, s, ds_out, db_out, m, n, r, dy.stride(0), b.stride(0), s.stride(0), chunk,
             scale if strips == 1 else 1.0,
-            EVEN=n % bn == 0,
-            PRECISION=_precision(dy),
-            BM=bm,
-            BN=bn,
-            BR=br,
-            num_warps=warps,
-            num_stages=stages,
-        )
+            EVEN=n % bn == 0, PRECISION=_precision(dy), BM=bm, BN=bn, BR=br, num_warps=warps, num_stages=stages,
+        )  # fmt: skip
         if strips > 1:
             _reduce(ds_out, ds, scale)
         if parts > 1:
@@ -258,35 +221,18 @@ def da(ds: Tensor, x: Tensor, mask: Tensor | None, p: float, seed: Tensor | None
     br = configs.rank_block("da", arch, r, small)
     bm, bk, _, warps, stages = configs.tile("da", arch, br, small)
     tiles = _cdiv(k, bk), _cdiv(r, br)
-    parts, chunk = _parts(m, bm, tiles[0] * tiles[1], x.device, 2)
+    parts, chunk = _parts("da", m, bm, tiles[0] * tiles[1], x.device, 2)
     out = x.new_empty(r, k, dtype=torch.float32)
     partial = out if parts == 1 else x.new_empty(parts, r, k, dtype=torch.float32)
     full = inv_keep(p) if p > 0 else 1.0
     with _on(x.device):
         drop, mask_bytes, stride_mask = _bits(m, k, mask, p, seed, child, x)
         kernels.da_kernel[(tiles[0], parts, tiles[1])](
-            ds,
-            x,
-            mask_bytes,
-            partial,
-            m,
-            k,
-            r,
-            ds.stride(0),
-            x.stride(0),
-            stride_mask,
-            chunk,
+            ds, x, mask_bytes, partial, m, k, r, ds.stride(0), x.stride(0), stride_mask, chunk,
             full if parts == 1 else 1.0,
-            DROP=drop,
-            PAIRS=_pairs(x),
-            EVEN=k % bk == 0,
-            PRECISION=_precision(x),
-            BM=bm,
-            BK=bk,
-            BR=br,
-            num_warps=warps,
-            num_stages=stages,
-        )
+            DROP=drop, PAIRS=_pairs(x), EVEN=k % bk == 0, PRECISION=_precision(x), BM=bm, BK=bk, BR=br,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
         if parts > 1:
             _reduce(partial, out, full)
     return out
@@ -328,28 +274,11 @@ def masked_expand_fused(
     with _on(out.device):
         drop, mask_bytes, stride_mask = _bits(m, k, mask, p, seed, child, out)
         kernels.masked_expand_kernel[(_cdiv(m, bm), _cdiv(k, bk))](
-            out,
-            ds,
-            a,
-            mask_bytes,
-            m,
-            k,
-            r,
-            out.stride(0),
-            ds.stride(0),
-            a.stride(0),
-            stride_mask,
+            out, ds, a, mask_bytes, m, k, r, out.stride(0), ds.stride(0), a.stride(0), stride_mask,
             inv_keep(p) if p > 0 else 1.0,
-            DROP=drop,
-            ACCUMULATE=accumulate,
-            EVEN=k % bk == 0,
-            PRECISION=_precision(out),
-            BM=bm,
-            BK=bk,
-            BR=br,
-            num_warps=warps,
-            num_stages=stages,
-        )
+            DROP=drop, ACCUMULATE=accumulate, EVEN=k % bk == 0, PRECISION=_precision(out), BM=bm, BK=bk, BR=br,
+            num_warps=warps, num_stages=stages,
+        )  # fmt: skip
 
 
 # --------------------------------------------------------------------------------------------------------- fused GEMMs
@@ -357,15 +286,22 @@ def masked_expand_fused(
 
 def _descriptors(arch: str, *tensors: Tensor) -> bool:
     """Tensor descriptors can carry all of ``tensors``: 16-byte aligned base and rows, contiguous columns."""
-    return arch in _DESCRIPTORS and all(
-        t.data_ptr() % 16 == 0 and t.stride(0) * t.dtype.itemsize % 16 == 0 and t.stride(1) == 1 and t.stride(0) > 0
-        for t in tensors
+    wide_enough = tensors[0].dtype.itemsize == 2 or arch == "interpreter"  # fp32 has no tiles for them
+    return (
+        arch in _DESCRIPTORS
+        and wide_enough
+        and all(
+            t.data_ptr() % 16 == 0 and t.stride(0) * t.dtype.itemsize % 16 == 0 and t.stride(1) == 1 and t.stride(0) > 0
+            for t in tensors
+        )
     )
 
 
-def _gemm(name: str, arch: str, x: Tensor, w: Tensor, rank: int) -> tuple[dict[str, Any], dict[str, Any], bool]:
+def _gemm(
+    name: str, arch: str, x: Tensor, w: Tensor, rank: int, by_descriptor: bool
+) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """Constants and launch options of a fused GEMM, and whether its descriptor kernel flattens its loops."""
-    small = _small(x, w)
+    small = not by_descriptor and _small(x, w)
     br = configs.rank_block(name, arch, rank, small)
     bm, bn, bk, warps, stages = configs.tile(name, arch, br, small)
     constants = dict(BM=bm, BN=bn, BK=bk, BR=br, RANK_TILES=_cdiv(rank, br), GROUP=configs.GROUP_ROWS)
@@ -383,13 +319,14 @@ def expand_fused(
     x, w, s, b = _rows(x), _rows(w), _rows(s), _rows(b)
     bias = bias if bias is None else bias.contiguous()
     y = x.new_empty(m, n)
-    constants, options, flatten = _gemm("expand", arch, x, w, r)
+    by_descriptor = descriptors and _descriptors(arch, x, w, y)
+    constants, options, flatten = _gemm("expand", arch, x, w, r, by_descriptor)
     bm, bn, bk = constants["BM"], constants["BN"], constants["BK"]
     tiles = _cdiv(m, bm) * _cdiv(n, bn)
     constants["BIAS"] = bias is not None
     rest = s, b, y if bias is None else bias
     with _on(x.device):
-        if descriptors and _descriptors(arch, x, w, y):
+        if by_descriptor:
             count = min(tiles, programs(x.device))
             gemm.expand_descriptor_kernel[(count,)](
                 TensorDescriptor(x, [m, k], [x.stride(0), 1], [bm, bk]),
@@ -424,13 +361,14 @@ def dx_fused(
     (m, n), k, r = dy.shape, w.shape[1], ds.shape[1]
     dy, w, ds, a = _rows(dy), _rows(w), _rows(ds), _rows(a)
     dx = dy.new_empty(m, k)
-    constants, options, flatten = _gemm("dx", arch, dy, w, r)
+    by_descriptor = descriptors and _descriptors(arch, dy, w, dx)
+    constants, options, flatten = _gemm("dx", arch, dy, w, r, by_descriptor)
     bm, bn, bk = constants["BM"], constants["BN"], constants["BK"]
     tiles = _cdiv(m, bm) * _cdiv(k, bn)
     scale = inv_keep(p) if p > 0 else 1.0
     with _on(dy.device):
         constants["DROP"], mask_bytes, stride_mask = _bits(m, k, mask, p, seed, child, dx)
-        if descriptors and _descriptors(arch, dy, w, dx):
+        if by_descriptor:
             count = min(tiles, programs(dy.device))
             gemm.dx_descriptor_kernel[(count,)](
                 TensorDescriptor(dy, [m, n], [dy.stride(0), 1], [bm, bk]),
@@ -469,7 +407,8 @@ def _dx_composed(
 def _fuses(
     kind: str, x: Tensor, w: Tensor | None, rank: int, shape: tuple[int, int, int], fused: Callable[[], Any]
 ) -> bool:
-    if w is None or w.numel() == 0 or _serves(x) is None or _small(x, w):
+    arch = _serves(x)
+    if w is None or w.numel() == 0 or arch is None or (_small(x, w) and not _descriptors(arch, x, w)):
         return False
 
     def measure() -> lora_rule.Rates:

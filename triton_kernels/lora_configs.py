@@ -83,6 +83,9 @@ SMALL_RANK_BLOCK = 32
 DRAW_TILE = (32, 32, 4)
 """Rows, bytes and warps of the kernel that draws packed bits."""
 
+RESIDENT = {"shrink": 5, "shrink_plain": 2, "dy": 1, "da": 5}
+"""Programs of a split reduction that one multiprocessor holds at once, by registers and shared memory on sm_90."""
+
 # the interpreter takes milliseconds a program and has no limits: tiles small enough that small shapes need several
 INTERPRETER_TILE: Tile = (16, 32, 32, 4, 1)
 INTERPRETER_RANK_BLOCK = 64

@@ -131,7 +131,7 @@ Thin thin(const Tensor& t, int64_t depth, int64_t columns, int64_t sk, int64_t s
 // the reference, so that every instruction set computes with the same numbers.
 Buffer panels(const LoraKernels& kernels, Dtype round, const Thin& m) {
   const int64_t steps = ceil_div(m.depth, pair_of(kernels.element));
-  const int64_t columns = ceil_div(m.columns, kPanel) * kPanel;
+  const int64_t columns = ceil_div(m.columns, 2 * kPanel) * 2 * kPanel;  // the rank-r update reads panels by twos
   Buffer buffer = allocate(steps * columns * element_size(kernels.element));
   void* dst = buffer.get();
   const int64_t grain = 1 + kSerialWork / 8 / (columns + 1);

@@ -112,7 +112,7 @@ struct Float256 {
     }
   }
   template <class T>
-  static void store(T* dst, const C* c, C alpha, uint32_t bits, int n, bool accumulate) {
+  static void finish(T* dst, const Vec* sums, C alpha, uint32_t bits, int n, bool accumulate) {
     for (int i = 0; i < n; i += 8, bits >>= 8) {
       const int used = n - i < 8 ? n - i : 8;
       T part[8] = {};
@@ -122,7 +122,7 @@ struct Float256 {
         at = part;
       }
       const __m256 keep = _mm256_castsi256_ps(lanes(bits));
-      __m256 x = _mm256_and_ps(_mm256_mul_ps(_mm256_set1_ps(alpha), _mm256_loadu_ps(c + i)), keep);
+      __m256 x = _mm256_and_ps(_mm256_mul_ps(_mm256_set1_ps(alpha), sums[i / 8]), keep);
       if (accumulate) {
         const __m256 old = read8(at);
         x = _mm256_blendv_ps(old, _mm256_add_ps(old, x), keep);
@@ -152,13 +152,15 @@ struct Double256 {
   static void tile_rows(E* dst, const double* src, uint32_t bits, int n) {
     for (int i = 0; i < 32; ++i) dst[i] = i < n && (bits >> i & 1u) ? src[i] : 0.0;
   }
-  static void store(double* dst, const C* c, C alpha, uint32_t bits, int n, bool accumulate) {
+  static void finish(double* dst, const Vec* sums, C alpha, uint32_t bits, int n, bool accumulate) {
+    alignas(32) double values[32];
+    for (int v = 0; v < 8; ++v) _mm256_store_pd(values + 4 * v, _mm256_mul_pd(_mm256_set1_pd(alpha), sums[v]));
     for (int i = 0; i < n; ++i) {
       const bool keep = bits >> i & 1u;
       if (!accumulate) {
-        dst[i] = keep ? alpha * c[i] : 0.0;
+        dst[i] = keep ? values[i] : 0.0;
       } else if (keep) {
-        dst[i] += alpha * c[i];
+        dst[i] += values[i];
       }
     }
   }

@@ -11,19 +11,30 @@ inline void draw512(uint64_t seed, uint32_t row, uint32_t child, uint32_t thresh
   const __m512i m0 = _mm512_set1_epi64(kPhiloxM0), m1 = _mm512_set1_epi64(kPhiloxM1);
   const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
   const __m512i limit = _mm512_set1_epi16(static_cast<short>(threshold));
-  const uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
+  uint64_t keys[10][2];
+  uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
+  for (int round = 0; round < 10; ++round, k0 += kPhiloxW0, k1 += kPhiloxW1) {
+    keys[round][0] = k0;
+    keys[round][1] = k1;
+  }
+  // Only the first counter word varies within a row: round 0 multiplies by it alone, and one product of round 1 is a
+  // constant of the row.
+  const uint64_t fixed = static_cast<uint64_t>(kPhiloxM0) * (row ^ static_cast<uint32_t>(keys[0][0]));
+  const __m512i first2 = _mm512_set1_epi64(child ^ keys[0][1]);
+  const __m512i second2 = _mm512_set1_epi64((fixed >> 32) ^ keys[1][1]), second3 = _mm512_set1_epi64(fixed);
   for (int64_t w = 0; w < words; w += 2) {
-    uint32_t k0 = key0, k1 = key1;
-    __m512i c0 = _mm512_add_epi64(_mm512_set1_epi64(4 * (word + w)), order);
-    __m512i c1 = _mm512_set1_epi64(row), c2 = _mm512_setzero_si512(), c3 = _mm512_set1_epi64(child);
-    for (int round = 0; round < 10; ++round) {
+    __m512i c3 = _mm512_mul_epu32(m0, _mm512_add_epi64(_mm512_set1_epi64(4 * (word + w)), order));
+    __m512i c2 = _mm512_xor_si512(_mm512_srli_epi64(c3, 32), first2);
+    __m512i c1 = _mm512_mul_epu32(m1, c2);
+    __m512i c0 = _mm512_xor_si512(_mm512_srli_epi64(c1, 32), _mm512_set1_epi64(keys[1][0]));
+    c2 = _mm512_xor_si512(c3, second2);
+    c3 = second3;
+    LM_UNROLL for (int round = 2; round < 10; ++round) {
       const __m512i p0 = _mm512_mul_epu32(m0, c0), p1 = _mm512_mul_epu32(m1, c2);
-      c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, _mm512_set1_epi64(k0), 0x96);
-      c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, _mm512_set1_epi64(k1), 0x96);
+      c0 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p1, 32), c1, _mm512_set1_epi64(keys[round][0]), 0x96);
+      c2 = _mm512_ternarylogic_epi64(_mm512_srli_epi64(p0, 32), c3, _mm512_set1_epi64(keys[round][1]), 0x96);
       c1 = p1;
       c3 = p0;
-      k0 += kPhiloxW0;
-      k1 += kPhiloxW1;
     }
     const __m512i w01 = _mm512_mask_shuffle_epi32(c0, 0xAAAA, c1, _MM_PERM_CCAA);
     const __m512i w23 = _mm512_mask_shuffle_epi32(c2, 0xAAAA, c3, _MM_PERM_CCAA);
@@ -78,14 +89,16 @@ struct Float512 {
     _mm512_storeu_ps(dst + 16, read16(src + 16, static_cast<__mmask16>(bits >> 16)));
   }
   template <class T>
-  static void store(T* dst, const C* c, C alpha, uint32_t bits, int n, bool accumulate) {
-    const __mmask16 valid = static_cast<__mmask16>(low_bits(n)), keep = static_cast<__mmask16>(bits & valid);
-    const __m512 x = _mm512_maskz_mul_ps(keep, _mm512_set1_ps(alpha), _mm512_loadu_ps(c));
-    // dropped elements of an accumulated result are not touched
-    if (accumulate) {
-      write16(dst, keep, _mm512_add_ps(read16(dst, keep), x));
-    } else {
-      write16(dst, valid, x);
+  static void finish(T* dst, const Vec* sums, C alpha, uint32_t bits, int n, bool accumulate) {
+    for (int i = 0; i < n; i += 16, bits >>= 16) {
+      const __mmask16 valid = static_cast<__mmask16>(low_bits(n - i)), keep = static_cast<__mmask16>(bits & valid);
+      const __m512 x = _mm512_maskz_mul_ps(keep, _mm512_set1_ps(alpha), sums[i / 16]);
+      // dropped elements of an accumulated result are not touched
+      if (accumulate) {
+        write16(dst + i, keep, _mm512_add_ps(read16(dst + i, keep), x));
+      } else {
+        write16(dst + i, valid, x);
+      }
     }
   }
   static void draw(uint64_t seed, uint32_t row, uint32_t child, uint32_t threshold, int64_t word, int64_t words,
@@ -112,10 +125,10 @@ struct Double512 {
       _mm512_storeu_pd(dst + i, _mm512_maskz_loadu_pd(static_cast<__mmask8>(bits >> i), src + i));
     }
   }
-  static void store(double* dst, const C* c, C alpha, uint32_t bits, int n, bool accumulate) {
-    for (int i = 0; i < 16; i += 8) {
-      const __mmask8 valid = static_cast<__mmask8>(low_bits(n) >> i), keep = static_cast<__mmask8>(bits >> i) & valid;
-      const __m512d x = _mm512_maskz_mul_pd(keep, _mm512_set1_pd(alpha), _mm512_loadu_pd(c + i));
+  static void finish(double* dst, const Vec* sums, C alpha, uint32_t bits, int n, bool accumulate) {
+    for (int i = 0; i < n; i += 8, bits >>= 8) {
+      const __mmask8 valid = static_cast<__mmask8>(low_bits(n - i)), keep = static_cast<__mmask8>(bits) & valid;
+      const __m512d x = _mm512_maskz_mul_pd(keep, _mm512_set1_pd(alpha), sums[i / 8]);
       if (accumulate) {
         _mm512_mask_storeu_pd(dst + i, keep, _mm512_add_pd(_mm512_maskz_loadu_pd(keep, dst + i), x));
       } else {

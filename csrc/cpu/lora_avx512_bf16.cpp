@@ -55,8 +55,28 @@ struct Pair512 {
     const __m512i upper = _mm512_add_epi16(even, _mm512_set1_epi16(16));
     _mm512_storeu_si512(dst + 16, _mm512_permutex2var_epi16(x0, upper, x1));
   }
-  static void store(BFloat16* dst, const C* c, C alpha, uint32_t bits, int n, bool accumulate) {
-    Float512::store(dst, c, alpha, bits, n, accumulate);
+  static void finish(BFloat16* dst, const Vec* sums, C alpha, uint32_t bits, int n, bool accumulate) {
+    const __m512 scale = _mm512_set1_ps(alpha);
+    const __mmask32 valid = low_bits(n), keep = bits & valid;
+    if (accumulate) {
+      const __m512i old = _mm512_maskz_loadu_epi16(valid, dst);
+      const __m512i low = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(old)), 16);
+      const __m512i high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(old, 1)), 16);
+      const __m512 x0 = _mm512_fmadd_ps(scale, sums[0], _mm512_castsi512_ps(low));
+      const __m512 x1 = _mm512_fmadd_ps(scale, sums[1], _mm512_castsi512_ps(high));
+      // dropped elements keep their bits
+      put(dst, valid, (__m512i)_mm512_mask_cvtne2ps_pbh((__m512bh)old, keep, x1, x0));
+    } else {
+      const __m512 x0 = _mm512_mul_ps(scale, sums[0]), x1 = _mm512_mul_ps(scale, sums[1]);
+      put(dst, valid, (__m512i)_mm512_maskz_cvtne2ps_pbh(keep, x1, x0));
+    }
+  }
+  static void put(BFloat16* dst, __mmask32 valid, __m512i x) {
+    if (valid == ~0u) {
+      _mm512_storeu_si512(dst, x);
+    } else {
+      _mm512_mask_storeu_epi16(dst, valid, x);
+    }
   }
   static void draw(uint64_t seed, uint32_t row, uint32_t child, uint32_t threshold, int64_t word, int64_t words,
                    int64_t cols, uint32_t* out) {

@@ -10,7 +10,8 @@
 //   Vec madd(Vec, const E*, B)            adds broadcast(element) * panel
 //   void tile_rows(E*, const T*, bits, n) up to 32 elements of a row, masked, neighbours in the columns paired
 //   void tile_cols(E*, const T* row0, const T* row1 | null, bits0, bits1, n)   neighbours in the rows paired
-//   void store(T*, const C*, alpha, bits, n, accumulate)                       up to 16 results
+//   void finish(T*, const Vec*, alpha, bits, n, accumulate)   two panels' sums of one row, up to 32 results:
+//                         accumulate ? old + keep * alpha * sum : keep * alpha * sum
 //   void draw(seed, row, child, threshold, word, words, cols, uint32_t*)
 // Sums run in an order that depends on the shape alone, so any number of threads gives the same bits.
 
@@ -22,12 +23,6 @@ template <class V>
 constexpr int kTileCols = kTileElements<V> * V::kPair;
 template <class V>
 constexpr int kTileStride = kTileElements<V> + 64 / sizeof(typename V::E);  // off the cache's power-of-two strides
-
-#if defined(__clang__)
-#define LM_UNROLL _Pragma("clang loop unroll(full)")
-#else
-#define LM_UNROLL _Pragma("GCC unroll 16")
-#endif
 
 // c[i][0..15] = (fresh ? 0 : c) + sum_t a[i * RS + t * KS] * b[t][0..15] for MR rows i.
 template <class V, int MR, int RS, int KS>
@@ -115,9 +110,13 @@ void dot(const DotArgs& args, int64_t row0, int64_t row1) {
     }
     for (int64_t i = 0; i < rows; ++i) {
       T* out = static_cast<T*>(args.out) + (m + i) * args.ld_out;
-      for (int64_t j = 0; j < args.rank; j += kPanel) {
-        const int n = static_cast<int>(smaller(kPanel, args.rank - j));
-        V::store(out + j, acc + i * padded + j, static_cast<C>(args.alpha), 0xFFFFu, n, false);
+      for (int64_t j = 0; j < args.rank; j += 32) {
+        typename V::Vec sums[2 * V::kVectors];
+        for (int v = 0; v < 2 * V::kVectors; ++v) {
+          const int64_t at = j + v * (kPanel / V::kVectors);
+          sums[v] = at < padded ? V::load(acc + i * padded + at) : V::zero();
+        }
+        V::finish(out + j, sums, static_cast<C>(args.alpha), ~0u, static_cast<int>(smaller(32, args.rank - j)), false);
       }
     }
   }
@@ -172,19 +171,53 @@ void pass(const PassArgs& args, int64_t row0, int64_t row1, int64_t col0, int64_
   }
 }
 
+// MR rows by two panels (32 columns) of a rank-r product, finished in registers: the sums never go to memory.
+// Row i of d is at a[i] with step MS, panels at b and b + next, results at out + i * ld, their keep bits *bits[i].
+template <class V, class T, int MR, int MS>
+__attribute__((noinline)) void update(int64_t steps, const typename V::E* a, const typename V::E* b, int64_t next,
+                                      T* out, int64_t ld, typename V::C alpha, const uint32_t* const* bits, int n,
+                                      bool accumulate) {
+  constexpr int kAll = 2 * V::kVectors;
+  typename V::Vec acc[MR][kAll];
+  LM_UNROLL for (int i = 0; i < MR; ++i) { LM_UNROLL for (int v = 0; v < kAll; ++v) acc[i][v] = V::zero(); }
+  for (int64_t t = 0; t < steps; ++t) {
+    typename V::B bv[kAll];
+    LM_UNROLL for (int v = 0; v < V::kVectors; ++v) {
+      bv[v] = V::panel(b, v);
+      bv[V::kVectors + v] = V::panel(b + next, v);
+    }
+    LM_UNROLL for (int i = 0; i < MR; ++i) {
+      LM_UNROLL for (int v = 0; v < kAll; ++v) acc[i][v] = V::madd(acc[i][v], a + i, bv[v]);
+    }
+    a += MS;
+    b += kPanel;
+  }
+  LM_UNROLL for (int i = 0; i < MR; ++i) V::finish(out + i * ld, acc[i], alpha, *bits[i], n, accumulate);
+}
+
+template <class V, class T, int MR, int MS>
+void update_rows(int64_t rows, int64_t steps, const typename V::E* a, const typename V::E* b, int64_t next, T* out,
+                 int64_t ld, typename V::C alpha, const uint32_t* const* bits, int n, bool accumulate) {
+  for (; rows >= MR; rows -= MR, a += MR, out += MR * ld, bits += MR) {
+    update<V, T, MR, MS>(steps, a, b, next, out, ld, alpha, bits, n, accumulate);
+  }
+  if constexpr (MR > 1) {
+    if (rows > 0) update_rows<V, T, MR / 2, MS>(rows, steps, a, b, next, out, ld, alpha, bits, n, accumulate);
+  }
+}
+
 template <class V, class T>
 void expand(const ExpandArgs& args, int64_t row0, int64_t row1, int64_t col0, int64_t col1) {
   using E = typename V::E;
-  using C = typename V::C;
-  constexpr int kRows = V::kWidth, kWords = 32;
+  constexpr int kRows = V::kWidth / 2, kWords = 32;
+  static const uint32_t kAllBits = ~0u;
   const int64_t steps = (args.rank + V::kPair - 1) / V::kPair;
   alignas(64) E line[kTileElements<V>];
   alignas(64) E few[kRows * kRankBlock / V::kPair];
   // d of the block's rows, [step][row]
   E* rows_of_d = args.rank <= kRankBlock ? few : static_cast<E*>(malloc(steps * kRows * sizeof(E)));
-  alignas(64) C acc[kRows * kPanel];
   uint32_t scratch[kRows][kWords];
-  const uint32_t* bits[kRows] = {};
+  const uint32_t* bits[kRows];
   for (int64_t m = row0; m < row1; m += kRows) {
     const int64_t rows = smaller(kRows, row1 - m);
     for (int64_t i = 0; i < rows; ++i) {
@@ -197,20 +230,17 @@ void expand(const ExpandArgs& args, int64_t row0, int64_t row1, int64_t col0, in
     }
     for (int64_t c0 = col0; c0 < col1; c0 += 32 * kWords) {
       const int64_t end = smaller(c0 + 32 * kWords, col1);
-      if (args.drop.active) {
-        for (int64_t i = 0; i < rows; ++i) {
-          bits[i] = keep_bits<V>(args.drop, m + i, c0 / 32, (end - c0 + 31) / 32, scratch[i]);
-        }
+      for (int64_t i = 0; i < rows; ++i) {
+        bits[i] =
+            args.drop.active ? keep_bits<V>(args.drop, m + i, c0 / 32, (end - c0 + 31) / 32, scratch[i]) : &kAllBits;
       }
-      for (int64_t c = c0; c < end; c += kPanel) {
-        micro_rows<V, V::kWidth, 1, kRows>(rows, steps, rows_of_d, static_cast<const E*>(args.panels) + c * steps, acc,
-                                           kPanel, true);
-        const int n = static_cast<int>(smaller(kPanel, end - c));
-        for (int64_t i = 0; i < rows; ++i) {
-          const uint32_t keep = args.drop.active ? bits[i][(c - c0) / 32] >> (c % 32) : 0xFFFFu;
-          V::store(static_cast<T*>(args.out) + (m + i) * args.ld_out + c, acc + i * kPanel, static_cast<C>(args.alpha),
-                   keep & 0xFFFFu, n, args.accumulate);
-        }
+      for (int64_t c = c0; c < end; c += 32) {
+        T* out = static_cast<T*>(args.out) + m * args.ld_out + c;
+        const E* b = static_cast<const E*>(args.panels) + c * steps;
+        const int n = static_cast<int>(smaller(32, end - c));
+        update_rows<V, T, kRows, kRows>(rows, steps, rows_of_d, b, kPanel * steps, out, args.ld_out,
+                                        static_cast<typename V::C>(args.alpha), bits, n, args.accumulate);
+        for (int64_t i = 0; args.drop.active && i < rows; ++i) ++bits[i];
       }
     }
   }

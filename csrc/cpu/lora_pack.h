@@ -57,7 +57,8 @@ void pack_steps(const Thin& m, typename P::E* dst, int64_t t0, int64_t t1) {
   const T* src = static_cast<const T*>(m.data);
   const int64_t steps = ceil_div(m.depth, kPair);
   constexpr int64_t kBlock = 32;  // steps at a time: 2 to 4 KiB of panel stay in the first-level cache
-  for (int64_t q = 0; q * kPanel < m.columns; ++q) {
+  const int64_t count = ceil_div(m.columns, 2 * kPanel) * 2;
+  for (int64_t q = 0; q < count; ++q) {
     const int64_t used = m.columns - q * kPanel < kPanel ? m.columns - q * kPanel : kPanel;
     for (int64_t tb = t0; tb < t1; tb += kBlock) {
       const int64_t te = tb + kBlock < t1 ? tb + kBlock : t1;

@@ -7,6 +7,7 @@
 
 #include "common/philox.h"
 #include "cpu/lora_impl.h"
+#include "cpu/target.h"
 
 namespace lm {
 namespace {
@@ -45,13 +46,14 @@ struct Plain {
     for (int i = 0; i < 32; ++i) dst[i] = i < n && (bits >> i & 1u) ? static_cast<E>(src[i]) : E(0);
   }
   template <class T>
-  static void store(T* dst, const C* c, C alpha, uint32_t bits, int n, bool accumulate) {
+  static void finish(T* dst, const Vec* sums, C alpha, uint32_t bits, int n, bool accumulate) {
     for (int i = 0; i < n; ++i) {
       const bool keep = bits >> i & 1u;
+      const C value = alpha * sums[i / 4].v[i % 4];
       if (!accumulate) {
-        dst[i] = static_cast<T>(keep ? alpha * c[i] : C(0));
+        dst[i] = static_cast<T>(keep ? value : C(0));
       } else if (keep) {
-        dst[i] = static_cast<T>(static_cast<C>(dst[i]) + alpha * c[i]);
+        dst[i] = static_cast<T>(static_cast<C>(dst[i]) + value);
       }
     }
   }

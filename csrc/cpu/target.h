@@ -11,3 +11,10 @@
 #define LM_TARGET_BEGIN(list) LM_PRAGMA(GCC push_options) LM_PRAGMA(GCC target(list))
 #define LM_TARGET_END _Pragma("GCC pop_options")
 #endif
+
+// Before a loop of a small constant count over registers.
+#if defined(__clang__)
+#define LM_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define LM_UNROLL _Pragma("GCC unroll 16")
+#endif

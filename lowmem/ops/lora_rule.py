@@ -75,7 +75,7 @@ def shape_class(kind: str, shape: tuple[int, int, int], rank: int, dtype: torch.
     Rows, columns and depth round to the nearest power of two, from 128 up; ranks to the power of two that holds them,
     from 16 up.
     """
-    rows, columns, depth = (1 << max(7, round(max(size, 1)).bit_length() - 1 + _upper_half(size)) for size in shape)
+    rows, columns, depth = (1 << max(7, max(size, 1).bit_length() - 1 + _upper_half(size)) for size in shape)
     block = max(16, 1 << (rank - 1).bit_length())
     return f"{kind}/{str(dtype).removeprefix('torch.')}/m{rows}/n{columns}/k{depth}/r{block}"
 

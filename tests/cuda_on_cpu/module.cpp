@@ -1,0 +1,18 @@
+// The module lowmem_emulator: settings, and the kernels that the tests run.
+#include "binding.h"
+#include "emulator.h"
+
+namespace py = pybind11;
+
+PYBIND11_MODULE(lowmem_emulator, m) {
+  py::register_exception<emu::Error>(m, "EmulationError", PyExc_RuntimeError);
+  m.def(
+      "configure",
+      [](int order, int multiprocessors, double seconds) {
+        emu::settings() = emu::Settings{order, multiprocessors, seconds};
+      },
+      py::arg("order"), py::arg("multiprocessors") = 2, py::arg("seconds") = 120.0);
+  bind_lora(m);
+  bind_features(m);
+  bind_broken(m);
+}
