@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from ._errors import bad
-from .nn.lora import FusedLoRALinear, _check_adapter, lora_layers
+from .nn.lora import PARTS, FusedLoRALinear, _check_adapter, lora_layers
 from .nn.lora_group import FusedLoRAGroup, groups_by_call, groups_by_name
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -69,6 +69,9 @@ def convert(
     use_rslora: bool = False,
     adapter_dtype: torch.dtype | None = None,
     mask: Literal["bits", "seed"] = "bits",
+    use_dora: bool = False,
+    gate: bool = False,
+    train: Collection[str] = PARTS,
     name: str = "default",
     example_inputs: Any = None,
 ) -> Model:
@@ -85,7 +88,7 @@ def convert(
         target_modules: ``"all-linear"`` (every plain ``nn.Linear`` but the output head), another string as a regular
             expression that must match a module's whole name, or a collection of names or dotted suffixes of names, as
             in PEFT.
-        use_rslora, adapter_dtype, mask, name: see :class:`lowmem.nn.FusedLoRALinear`.
+        use_rslora, adapter_dtype, mask, use_dora, gate, train, name: see :class:`lowmem.nn.FusedLoRALinear`.
 
         example_inputs: arguments for one call of ``model`` (a dict of keywords, a tuple, or a tensor), made here once
             in
@@ -120,6 +123,9 @@ def convert(
                 use_rslora=use_rslora,
                 adapter_dtype=adapter_dtype,
                 mask=mask,
+                use_dora=use_dora,
+                gate=gate,
+                train=train,
                 name=name,
             )
     model.requires_grad_(False)  # the adapters are not in it yet
@@ -127,6 +133,6 @@ def convert(
         parent, _, child = qualified.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[id(module)])
     found = groups_by_name(model) if example_inputs is None else groups_by_call(model, example_inputs)
-    for parent, members in found:
-        FusedLoRAGroup(members).attach(parent)
+    for caller, members in found:
+        FusedLoRAGroup(members).attach(caller)
     return model

@@ -20,7 +20,6 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 # Settings that change what an adapter computes in a way that FusedLoRALinear does not: they must be off.
 _UNSUPPORTED = {
-    "use_dora": "DoRA",
     "lora_bias": "a bias on lora_B",
     "modules_to_save": "whole modules saved beside the adapter",
     "trainable_token_indices": "trained token embeddings",
@@ -41,7 +40,7 @@ _KNOWN = {
     "r", "lora_alpha", "lora_dropout", "rank_pattern", "alpha_pattern", "use_rslora", "bias", "init_lora_weights",
     "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "megatron_config", "megatron_core",
     "loftq_config", "eva_config", "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config",
-    "ensure_weight_tying",
+    "ensure_weight_tying", "use_dora",
 }  # fmt: skip
 _KEEPS_BASE = ("gaussian", "eva", "orthogonal")  # initialisations by name that leave the base weights alone
 
@@ -53,6 +52,7 @@ class Settings(NamedTuple):
     alpha: float
     dropout: float
     use_rslora: bool
+    use_dora: bool
 
 
 # --------------------------------------------------------------------------------------------------------------- write
@@ -105,6 +105,9 @@ def make(
     model: nn.Module, layers: Mapping[str, FusedLoRALinear], others: set[str], name: str, base: str | None
 ) -> dict[str, Any]:
     """The config of adapter ``name`` on ``layers``; ``others`` are the names of the model's other modules."""
+    dora = {name in layer.lora_magnitude for layer in layers.values()}
+    if len(dora) > 1:
+        bad("save_adapter", "name", "DoRA on all of an adapter's layers or on none, as PEFT's format", "on some")
     rslora = all(layer.use_rslora[name] for layer in layers.values())
     alphas = {}
     for key, layer in layers.items():
@@ -134,7 +137,7 @@ def make(
         "rank_pattern": rank_pattern,
         "alpha_pattern": {key: _number(value) for key, value in alpha_pattern.items()},
         "use_rslora": rslora,
-        "use_dora": False,
+        "use_dora": dora.pop(),
         "bias": "none",
         "lora_bias": False,
         "fan_in_fan_out": False,
@@ -213,7 +216,7 @@ def settings(config: dict[str, Any], layer: str) -> Settings:
         _bad(f"a finite lora_alpha for {layer}", repr(alpha))
     if not _real(dropout) or not 0.0 <= dropout <= 1.0:
         _bad("lora_dropout in [0, 1]", repr(dropout))
-    return Settings(r, float(alpha), float(dropout), bool(config.get("use_rslora")))
+    return Settings(r, float(alpha), float(dropout), bool(config.get("use_rslora")), bool(config.get("use_dora")))
 
 
 def _at_wanted_index(config: dict[str, Any], name: str) -> bool:

@@ -3,7 +3,7 @@
 ``peft.PeftModel.from_pretrained(base, folder)`` reads what :func:`save_adapter` wrote, and :func:`load_adapter` reads
 what ``PeftModel.save_pretrained`` wrote. Neither needs PEFT; both need ``safetensors``. The weights are keyed
 ``base_model.model.<layer>.lora_A.weight`` (``[r, in_features]``) and ``base_model.model.<layer>.lora_B.weight``
-(``[out_features, r]``).
+(``[out_features, r]``), and for DoRA ``base_model.model.<layer>.lora_magnitude_vector`` (``[out_features]``).
 """
 
 from __future__ import annotations
@@ -54,8 +54,22 @@ def _modules(op: str, model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]
     return model, modules, layers
 
 
+MAGNITUDE = "lora_magnitude_vector"
+
+
 def _key(layer: str, side: str) -> str:
-    return f"{_PREFIX}{layer}.{side}.weight"
+    return f"{_PREFIX}{layer}.{side}" + ("" if side == MAGNITUDE else ".weight")
+
+
+def _parameters(layer: FusedLoRALinear, name: str) -> dict[str, Tensor]:
+    """The file's name of each part of adapter ``name`` to the parameter."""
+    parts = {"lora_A": layer.lora_A[name], "lora_B": layer.lora_B[name]}
+    return parts | ({MAGNITUDE: layer.lora_magnitude[name]} if name in layer.lora_magnitude else {})
+
+
+def _shapes(layer: FusedLoRALinear, s: Settings) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {"lora_A": (s.r, layer.in_features), "lora_B": (layer.out_features, s.r)}
+    return shapes | ({MAGNITUDE: (layer.out_features,)} if s.use_dora else {})
 
 
 def _check_storage(op: str, what: str, tensor: Tensor) -> None:
@@ -110,7 +124,8 @@ def save_adapter(
 ) -> None:
     """Write adapter ``name`` of ``model`` into the folder ``path`` (made where needed) in PEFT's format.
 
-    Every layer that has the adapter is written, in its parameters' dtype, merged or not. Both files are written in full
+    Every layer that has the adapter is written, in its parameters' dtype, merged or not. A gate, which PEFT's format
+    has no place for, is multiplied into lora_B: the file computes the same. Both files are written in full
     beside the old ones before either is replaced: a failure (a full disk, a killed process) leaves the old ones whole.
 
     Args:
@@ -136,8 +151,10 @@ def save_adapter(
         bad(op, "path", "a folder", f"the file {str(path)!r}", kind=NotADirectoryError)
     tensors: dict[str, Tensor] = {}
     for key, layer in chosen.items():
-        for side, parameter in (("lora_A", layer.lora_A[name]), ("lora_B", layer.lora_B[name])):
+        for side, parameter in _parameters(layer, name).items():
             _check_storage(op, f"{key}.{side}", parameter)
+            if side == "lora_B" and name in layer.lora_gate:
+                parameter = parameter * layer.lora_gate[name]
             # a copy: safetensors takes no two tensors over one storage, as adapters tied between layers are
             tensors[_key(key, side)] = parameter.detach().to("cpu", copy=True).contiguous()
     others = {n for n in modules if n and n not in chosen and n.rpartition(".")[0] not in chosen}
@@ -185,12 +202,12 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
-    """Layer name to its ``lora_A`` and ``lora_B``, and the keys that are neither."""
+    """Layer name to its ``lora_A``, ``lora_B`` and magnitude, and the keys that are none of them."""
     pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
     extra = set()
     for key, tensor in tensors.items():
-        if found := re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.(lora_[AB])\.weight", key):
-            pairs[found[1]][found[2]] = tensor
+        if found := re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.(?:(lora_[AB])\.weight|({MAGNITUDE}))", key):
+            pairs[found[1]][found[2] or found[3]] = tensor
         else:
             extra.add(key)
     return dict(pairs), extra
@@ -198,7 +215,7 @@ def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], se
 
 def _check_pair(layer: FusedLoRALinear, name: str, key: str, pair: dict[str, Tensor], s: Settings) -> None:
     op = "load_adapter"
-    for side, shape in (("lora_A", (s.r, layer.in_features)), ("lora_B", (layer.out_features, s.r))):
+    for side, shape in _shapes(layer, s).items():
         tensor = pair[side]
         if tuple(tensor.shape) != shape:
             why = f"r={s.r} in {CONFIG}, the layer is {layer.in_features} -> {layer.out_features}"
@@ -211,8 +228,13 @@ def _check_pair(layer: FusedLoRALinear, name: str, key: str, pair: dict[str, Ten
         if layer.r[name] != s.r:
             hint = "load it under another name, or convert the model with the file's rank"
             bad(op, "path", f"r={layer.r[name]} for {key}, whose adapter {name!r} has it", f"r={s.r}", hint=hint)
-        _check_storage(op, f"{key}.lora_A", layer.lora_A[name])
-        _check_storage(op, f"{key}.lora_B", layer.lora_B[name])
+        parameters = _parameters(layer, name)
+        if name in layer.lora_gate or (MAGNITUDE in parameters) != s.use_dora:
+            kind = "a gate" if name in layer.lora_gate else "a magnitude" if MAGNITUDE in parameters else "no magnitude"
+            want = f"an adapter of the file's kind (use_dora={s.use_dora}, no gate) as {name!r} of {key}"
+            bad(op, "name", want, kind, hint="load it under another name")
+        for side, parameter in parameters.items():
+            _check_storage(op, f"{key}.{side}", parameter)
     else:
         _check_storage(op, f"{key}.weight", layer.weight)
 
@@ -244,13 +266,15 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
     pairs, extra = _split(_read_weights(folder / WEIGHTS))
     plain = {key for key, module in modules.items() if isinstance(module, nn.Linear) and key not in layers}
 
-    torn = [_key(key, side) for key, pair in pairs.items() for side in ("lora_A", "lora_B") if side not in pair]
+    sides = ("lora_A", "lora_B", MAGNITUDE) if config.get("use_dora") else ("lora_A", "lora_B")
+    torn = [_key(key, side) for key, pair in pairs.items() for side in sides if side not in pair]
     if torn:
-        bad(op, "path", "lora_A and lora_B of every layer", f"no {_shown(torn)}")
+        bad(op, "path", f"{', '.join(sides[:-1])} and {sides[-1]} of every layer", f"no {_shown(torn)}")
+    extra |= {_key(key, side) for key, pair in pairs.items() for side in pair.keys() - set(sides)}
     if unconverted := plain & pairs.keys():
         hint = "lowmem.convert them first"
         bad(op, "model", "FusedLoRALinear where the file has weights", f"nn.Linear at {_shown(unconverted)}", hint=hint)
-    extra |= {_key(key, side) for key in pairs.keys() - layers.keys() for side in ("lora_A", "lora_B")}
+    extra |= {_key(key, side) for key in pairs.keys() - layers.keys() for side in sides}
     missing = (layers.keys() | _peft_config.targeted(config, plain)) - pairs.keys()
     chosen = {key: pair for key, pair in pairs.items() if key in layers}
     if not chosen:
@@ -272,9 +296,11 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
     for key, pair in chosen.items():  # nothing is written before this line, nothing is checked after it
         layer, s = layers[key], settings[key]
         if name not in layer.lora_A:
-            layer.add_adapter(name, r=s.r, alpha=s.alpha, dropout=s.dropout, use_rslora=s.use_rslora)
+            layer.add_adapter(
+                name, r=s.r, alpha=s.alpha, dropout=s.dropout, use_rslora=s.use_rslora, use_dora=s.use_dora
+            )
         layer.alpha[name], layer.use_rslora[name] = s.alpha, s.use_rslora
         with torch.no_grad():
-            layer.lora_A[name].copy_(pair["lora_A"])
-            layer.lora_B[name].copy_(pair["lora_B"])
+            for side, parameter in _parameters(layer, name).items():
+                parameter.copy_(pair[side])
         layer.set_adapter(name)

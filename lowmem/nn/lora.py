@@ -66,6 +66,8 @@ class FusedLoRALinear(nn.Linear):
     """
 
     _version = 1
+    merged_factor: Tensor | None
+    _row_norms_squared: Tensor | None
 
     def __init__(
         self,
@@ -276,7 +278,7 @@ class FusedLoRALinear(nn.Linear):
             bad("FusedLoRALinear", "unmerge", "a merged layer", "a layer that is not merged")
         factor = self.merged_factor
         self._add_to_weight(-1.0, before=None if factor is None else 1.0 / factor)
-        self.merged_factor = self.merged = self._row_norms_squared = None
+        self.merged = self.merged_factor = self._row_norms_squared = None
 
     def _delta(self, name: str) -> tuple[Tensor, Tensor]:
         """``A`` and ``scale * B * gate`` in the accumulation dtype: their product is what merging adds."""

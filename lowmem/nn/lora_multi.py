@@ -93,7 +93,7 @@ def _require(ok: Tensor, argument: str, expected: str, got: Tensor) -> None:
 def train_adapters(module: nn.Module, names: Sequence[str] | None = None) -> None:
     """Let adapters ``names`` (default: all) of every layer train, and freeze the others: what a batch of many needs."""
     for _, layer in lora_layers(module):
-        layer.train_only(layer.lora_A if names is None else names)
+        layer.train_only(list(layer.lora_A) if names is None else names)
 
 
 @contextmanager
@@ -144,7 +144,8 @@ class MultiLoRALinear(FusedLoRALinear):
         first, *others = adapters
         super().__init__(base.in_features, base.out_features, base=base.weight, name=first, **adapters[first])
         if base.bias is not None:
-            self.bias = base.bias.requires_grad_(False)
+            self.bias = base.bias
+            self.bias.requires_grad_(False)
         for name in others:
             self.add_adapter(name, **adapters[name])
         self.train_only(list(adapters))

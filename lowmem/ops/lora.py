@@ -260,7 +260,7 @@ class _LoRALinear(torch.autograd.Function):
         saved: list[Any]
         x, *saved = ctx.saved_tensors
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
         dx: Any = None
         lead: Any = None
         grads: list[Tensor | None] = []

@@ -335,7 +335,7 @@ def multi_lora_linear(
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype):
         bad(op, "bias", f"[{n}] in {x.dtype}", f"shape {tuple(bias.shape)} in {bias.dtype}")
     m = x.numel() // k if k else 0
-    wanted = [("offsets", offsets, count + 1)]
+    wanted: list[tuple[str, Tensor | None, int]] = [("offsets", offsets, count + 1)]
     wanted += [("order", order, m)] if order is not None else []
     wanted += [("seeds", seeds, count)] if any(ps) else []
     for name, tensor, size in wanted:
