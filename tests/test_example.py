@@ -127,25 +127,75 @@ def test_a_second_run_takes_the_base_and_other_data(job: tuple[Path, str, dict],
 
 
 NOWHERE = "a text file, a folder or a .jsonl file, got 'nowhere.txt', which does not exist"
-NO_TEXT = 'a string under "text" on every line of bad.jsonl, got line 2: words'
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--data", "nowhere.txt"], f"--data: expected {NOWHERE}"),
-        (["--data", "empty.txt"], "--data: expected text, got 'empty.txt', where there is none"),
-        (["--data", "bad.jsonl"], f"--data: expected {NO_TEXT}"),
-        (["--data", "binary.bin"], "--data: expected UTF-8 text, got 'binary.bin', which is not"),
         (["--model", "no-such-folder-or-model"], "--model: expected a folder or hub name of a causal language model"),
-        (["--dropout", "1.5"], "--dropout: expected a probability in [0, 1), got 1.5"),
-        (["--steps", "1"], "--steps: expected at least 4, got 1"),
     ],
 )
 def test_bad_arguments(tmp_path: Path, arguments: list[str], message: str) -> None:
-    (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"words": 1}\n')
-    (tmp_path / "binary.bin").write_bytes(bytes(range(256)))
     done = finetune(tmp_path, "--quick", *arguments)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert f"finetune.py: {message}" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "empty.txt"], "--data: expected text, got 'empty.txt', where there is none"),
+        (["--data", "folder"], "--data: expected a folder with UTF-8 text files, got 'folder', where there is none"),
+        (["--data", "binary.bin"], "--data: expected UTF-8 text, got 'binary.bin', which is not"),
+        (["--data", "w.jsonl"], '--data: expected a string under "text" on every line of w.jsonl, got line 2: words'),
+        (["--data", "torn.jsonl"], "--data: expected JSON on every line of torn.jsonl, got line 1: "),
+        (["--dropout", "1.5"], "--dropout: expected a probability in [0, 1), got 1.5"),
+        (["--steps", "1"], "--steps: expected at least 4, got 1"),
+        (["--r", "0"], "--r: expected at least 1, got 0"),
+        (["--lr", "nan"], "--lr: expected a positive number, got nan"),
+        (["--out", "empty.txt"], "--out: expected a folder, got the file 'empty.txt'"),
+    ],
+)  # fmt: skip
+def test_bad_arguments_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    Path("empty.txt").write_text("\n \n")
+    Path("w.jsonl").write_text('{"text": "fine"}\n{"words": 1}\n')
+    Path("torn.jsonl").write_text('{"text": "fi')
+    Path("binary.bin").write_bytes(bytes(range(256)))
+    Path("folder").mkdir()
+    import finetune
+
+    monkeypatch.setattr(sys, "argv", ["finetune.py", *arguments])
+    with pytest.raises(finetune.UsageError) as error:
+        finetune.main()
+    assert str(error.value).startswith(message)
+    assert not Path("out").exists()
+
+
+def test_too_little_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import _data
+
+    with pytest.raises(_data.UsageError, match="--data: expected at least 65 tokens for --seq 64, got 64"):
+        _data.random_windows(torch.arange(64), 2, 2, 64, 0, "--data")
+    with pytest.raises(_data.UsageError, match="--data: expected at least 64 held-out tokens for --seq 64, got 63"):
+        _data.consecutive_windows(torch.arange(63), 2, 2, 64, "--data")
+
+
+def test_held_out_text_is_not_trained_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import _data
+
+    texts = ["\n\n".join(f"paragraph {i} of {k} " + "x" * 90 for i in range(300)) for k in range(3)]
+    texts += ["\n\n".join(f"paragraph {i} of 0 " + "x" * 90 for i in range(300))]  # one of them again
+    distinct = list(_data._distinct_paragraphs(texts))
+    assert sum(text.count("paragraph") for text in distinct) == 900
+    train, held = _data.hold_out(distinct)
+    assert 0.05 < sum(map(len, held)) / sum(map(len, train)) < 0.2
+    assert sum(map(len, train + held)) == sum(map(len, distinct))
+    paragraphs = [{p for block in side for p in block.split("\n\n") if p} for side in (train, held)]
+    assert not paragraphs[0] & paragraphs[1]
