@@ -3,6 +3,7 @@
 //
 // The partition of every sum depends on the shapes alone and partial sums are added in order: the bits of a result do
 // not depend on the number of threads.
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -357,6 +358,76 @@ void lora_masked_expand(Tensor out, const Tensor ds_in, const Tensor a, const st
   if (target.data_ptr() != out.data_ptr()) torch::stable::copy_(out, target);
 }
 
+// ------------------------------------------------------------------------------------- base GEMM and rank-r update
+
+void check_call(int32_t error, const char* op, const char* what) {
+  if (error) throw std::runtime_error(std::string("lowmem.") + op + ": torch's " + what + " failed");
+}
+
+// The transpose, as a view.
+Tensor transposed(const Tensor& t) {
+  const int64_t sizes[2] = {t.size(1), t.size(0)}, strides[2] = {t.stride(1), t.stride(0)};
+  AtenTensorHandle handle = nullptr;
+  check_call(aoti_torch_as_strided(t.get(), sizes, strides, &handle), "lora_expand", "as_strided");
+  return Tensor(handle);
+}
+
+Tensor lora_expand(const Tensor x, const std::optional<Tensor> w, const Tensor s_in, const Tensor b,
+                   const std::optional<Tensor> bias) {
+  const char* op = "lora_expand";
+  check_matrix(op, "x", x, -1, -1);
+  check_floating(op, "x", x);
+  const int64_t rows = x.size(0), cols = x.size(1);
+  check_matrix(op, "b", b, -1, -1);
+  check_floating(op, "b", b);
+  const int64_t n = b.size(0);
+  check_matrix(op, "s", s_in, rows, b.size(1));
+  check_dtype(op, "s", s_in, x.scalar_type());
+  if (w) {
+    check_matrix(op, "w", *w, n, cols);
+    check_dtype(op, "w", *w, x.scalar_type());
+  }
+  if (bias) {
+    check_dtype(op, "bias", *bias, x.scalar_type());
+    if (bias->dim() != 1 || bias->size(0) != n) bad(op, "bias", "one element for each row of b", shape_text(*bias));
+  }
+  Tensor y = empty(x, x.scalar_type(), rows, n);
+  if (rows == 0 || n == 0) return y;
+  if (w && bias) {
+    check_call(aoti_torch_cpu_addmm_out(y.get(), bias->get(), x.get(), transposed(*w).get(), 1.0, 1.0), op, "addmm");
+  } else if (w) {
+    check_call(aoti_torch_cpu_mm_out(y.get(), x.get(), transposed(*w).get()), op, "mm");
+  } else if (bias) {
+    const Tensor row = torch::stable::contiguous(*bias);
+    const size_t bytes = static_cast<size_t>(n) * y.element_size();
+    for (int64_t m = 0; m < rows; ++m) std::memcpy(static_cast<char*>(y.data_ptr()) + m * bytes, row.data_ptr(), bytes);
+  }
+  run_expand(y, unit_rows(s_in), b, b.stride(1), b.stride(0), Drop{}, 1.0, w || bias);
+  return y;
+}
+
+Tensor lora_dx(const Tensor dy, const std::optional<Tensor> w, const Tensor ds_in, const Tensor a,
+               const std::optional<Tensor> mask, double p, const std::optional<Tensor> seed, int64_t child) {
+  const char* op = "lora_dx";
+  check_matrix(op, "dy", dy, -1, -1);
+  check_floating(op, "dy", dy);
+  check_matrix(op, "a", a, -1, -1);
+  check_floating(op, "a", a);
+  const int64_t rows = dy.size(0), cols = a.size(1);
+  check_matrix(op, "ds", ds_in, rows, a.size(0));
+  check_dtype(op, "ds", ds_in, dy.scalar_type());
+  if (w) {
+    check_matrix(op, "w", *w, dy.size(1), cols);
+    check_dtype(op, "w", *w, dy.scalar_type());
+  }
+  const Drop drop = make_drop(op, rows, cols, p, mask, seed, child);
+  Tensor dx = empty(dy, dy.scalar_type(), rows, cols);
+  if (rows == 0 || cols == 0) return dx;
+  if (w) check_call(aoti_torch_cpu_mm_out(dx.get(), dy.get(), w->get()), op, "mm");
+  run_expand(dx, unit_rows(ds_in), a, a.stride(0), a.stride(1), drop, inverse(p), w.has_value());
+  return dx;
+}
+
 }  // namespace
 
 const LoraIsa& lora_isa() {
@@ -368,6 +439,8 @@ const LoraIsa& lora_isa() {
 
 STABLE_TORCH_LIBRARY_IMPL(lowmem, CPU, m) {
   m.impl("lora_shrink", TORCH_BOX(&lm::lora_shrink));
+  m.impl("lora_expand", TORCH_BOX(&lm::lora_expand));
+  m.impl("lora_dx", TORCH_BOX(&lm::lora_dx));
   m.impl("lora_dy", TORCH_BOX(&lm::lora_dy));
   m.impl("lora_masked_expand_", TORCH_BOX(&lm::lora_masked_expand));
   m.impl("lora_da", TORCH_BOX(&lm::lora_da));

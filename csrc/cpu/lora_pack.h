@@ -38,13 +38,21 @@ struct Packer {
   }
 };
 
+// The bits of x in bf16, to nearest even; no branch, so that loops over it vectorise.
+inline uint32_t bf16_bits(float x) {
+  uint32_t u;
+  std::memcpy(&u, &x, sizeof u);
+  const uint32_t rounded = (u + 0x7FFFu + (u >> 16 & 1u)) >> 16, quiet = (u >> 16) | 0x40u;
+  return (u & 0x7FFFFFFFu) > 0x7F800000u ? quiet : rounded;
+}
+
 // A pair from values (k, j) and (k + 1, j).
 struct PairPacker {
   using E = uint32_t;
   static uint32_t bits(BFloat16 value) { return value.x; }
   template <class T>
   static uint32_t bits(T value) {
-    return BFloat16(static_cast<float>(value)).x;
+    return bf16_bits(static_cast<float>(value));
   }
   template <class T>
   static E make(const T* p, int64_t sk, bool both) {
@@ -60,6 +68,19 @@ void pack_steps(const Thin& m, typename P::E* dst, int64_t t0, int64_t t1) {
   const int64_t count = ceil_div(m.columns, 2 * kPanel) * 2;
   for (int64_t q = 0; q < count; ++q) {
     const int64_t used = m.columns - q * kPanel < kPanel ? m.columns - q * kPanel : kPanel;
+    if (m.sj == 1 && used == kPanel) {  // the panel's columns are neighbours in memory
+      const T* p = src + t0 * kPair * m.sk + q * kPanel;
+      typename P::E* out = dst + (q * steps + t0) * kPanel;
+      for (int64_t t = t0; t < t1; ++t, out += kPanel, p += kPair * m.sk) {
+        const bool both = (t + 1) * kPair <= m.depth;
+        if (both) {
+          for (int64_t j = 0; j < kPanel; ++j) out[j] = P::make(p + j, m.sk, true);
+        } else {
+          for (int64_t j = 0; j < kPanel; ++j) out[j] = P::make(p + j, m.sk, false);
+        }
+      }
+      continue;
+    }
     for (int64_t tb = t0; tb < t1; tb += kBlock) {
       const int64_t te = tb + kBlock < t1 ? tb + kBlock : t1;
       for (int64_t j = 0; j < kPanel; ++j) {
@@ -104,16 +125,28 @@ inline void pack(Element element, Dtype round, const Thin& m, void* dst, int64_t
 template <class C, class T>
 void sum_parts(const C* parts, int64_t chunks, int64_t rows, int64_t rank_pad, int64_t rank, C alpha, T* out,
                bool transposed, int64_t i0, int64_t i1) {
-  for (int64_t i = i0; i < i1; ++i) {
-    for (int64_t j0 = 0; j0 < rank; j0 += kPanel) {
-      C total[kPanel] = {};
+  constexpr int64_t kBlock = 64;
+  C total[kBlock][kPanel];
+  for (int64_t i = i0; i < i1; i += kBlock) {
+    const int64_t count = i1 - i < kBlock ? i1 - i : kBlock;
+    for (int64_t j = 0; j < rank; j += kPanel) {
+      const int64_t used = rank - j < kPanel ? rank - j : kPanel;
       for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-        const C* part = parts + (chunk * rows + i) * rank_pad + j0;
-        for (int j = 0; j < kPanel; ++j) total[j] += part[j];
+        for (int64_t k = 0; k < count; ++k) {
+          const C* part = parts + (chunk * rows + i + k) * rank_pad + j;
+          for (int64_t c = 0; c < kPanel; ++c) total[k][c] = chunk ? total[k][c] + part[c] : part[c];
+        }
       }
-      const int64_t used = rank - j0 < kPanel ? rank - j0 : kPanel;
-      for (int64_t j = 0; j < used; ++j) {
-        out[transposed ? (j0 + j) * rows + i : i * rank + j0 + j] = static_cast<T>(alpha * total[j]);
+      if (transposed) {
+        for (int64_t c = 0; c < used; ++c) {
+          T* row = out + (j + c) * rows + i;
+          for (int64_t k = 0; k < count; ++k) row[k] = static_cast<T>(alpha * total[k][c]);
+        }
+      } else {
+        for (int64_t k = 0; k < count; ++k) {
+          T* row = out + (i + k) * rank + j;
+          for (int64_t c = 0; c < used; ++c) row[c] = static_cast<T>(alpha * total[k][c]);
+        }
       }
     }
   }

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dispatch import define
+from .._dispatch import CPU, define
 from .._errors import bad
 from .philox import inv_keep, keep_mask, pack_bits, unpack_bits
 
@@ -203,8 +203,16 @@ def _launcher(name: str) -> Any:
 
 
 define("lora_shrink", SHRINK, fake=shrink_fake, reference=shrink_reference, cpp=("cpu",), cuda=_launcher("shrink"))
+# without lowmem/_C these two still go to torch's GEMMs, not to the reference
+_python = {"lora_expand": _expand_composed, "lora_dx": _dx_composed} if not CPU.loaded else {}
 define(
-    "lora_expand", EXPAND, fake=expand_fake, reference=expand_reference, cpu=_expand_composed, cuda=_launcher("expand")
+    "lora_expand",
+    EXPAND,
+    fake=expand_fake,
+    reference=expand_reference,
+    cpp=("cpu",),
+    cpu=_python.get("lora_expand"),
+    cuda=_launcher("expand"),
 )
 define("lora_dy", DY, fake=dy_fake, reference=dy_reference, cpp=("cpu", "cuda"), cuda=_launcher("dy"))
 define(
@@ -215,7 +223,15 @@ define(
     cpp=("cpu", "cuda"),
     cuda=_launcher("masked_expand_"),
 )
-define("lora_dx", DX, fake=dx_fake, reference=dx_reference, cpu=_dx_composed, cuda=_launcher("dx"))
+define(
+    "lora_dx",
+    DX,
+    fake=dx_fake,
+    reference=dx_reference,
+    cpp=("cpu",),
+    cpu=_python.get("lora_dx"),
+    cuda=_launcher("dx"),
+)
 define("lora_da", DA, fake=da_fake, reference=da_reference, cpp=("cpu",), cuda=_launcher("da"))
 
 
@@ -225,11 +241,32 @@ define("lora_da", DA, fake=da_fake, reference=da_reference, cpp=("cpu",), cuda=_
 TENSORS = 6  # of one child: base, bias, A, B, gate, seed
 
 
+def _below_autograd() -> bool:
+    # Inside the Function nothing is recorded, yet each operator would still pass through the Autograd key and its check
+    # in Python: 4 to 10 us a call. Not while compiling, where the tracer must see the operators at that key, and not
+    # under create_graph, where the check is what refuses a second derivative.
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled()
+
+
 class _LoRALinear(torch.autograd.Function):
     """One or several adapted layers over one ``x``: it is saved once, and their dx are summed in the GEMMs."""
 
     @staticmethod
-    def forward(
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        if _below_autograd():
+            with torch._C._AutoDispatchBelowAutograd():
+                return _LoRALinear._forward(ctx, *args)
+        return _LoRALinear._forward(ctx, *args)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        if _below_autograd():
+            with torch._C._AutoDispatchBelowAutograd():
+                return _LoRALinear._backward(ctx, *upstream)
+        return _LoRALinear._backward(ctx, *upstream)
+
+    @staticmethod
+    def _forward(
         ctx: Any, x: Tensor, settings: tuple[tuple[float, float, int], ...], save_mask: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         ops = torch.ops.lowmem
@@ -255,7 +292,7 @@ class _LoRALinear(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+    def _backward(ctx: Any, *upstream: Tensor | None) -> Any:
         ops = torch.ops.lowmem
         saved: list[Any]
         x, *saved = ctx.saved_tensors

@@ -37,31 +37,51 @@ def _integer(name: str, value: Any, low: int, high: int) -> int:
     return number
 
 
+def _size(value: Any) -> int | None:
+    """How many entries a sequence or array has; None for what is neither."""
+    if isinstance(value, (str, bytes, dict, set)):
+        return None
+    try:
+        return len(value)
+    except TypeError:
+        return None
+
+
+def _integers(where: str, lengths: Any) -> np.ndarray:
+    """One job's lengths as a flat array of integers, of Python's where they go beyond 64 bits."""
+    try:
+        values = np.asarray(lengths)
+    except ValueError:
+        bad(OP, where, "a flat sequence of sample lengths", "a nested one", kind=TypeError)
+    except (TypeError, RuntimeError) as error:  # a tensor on a device, of a type that numpy lacks, or with a gradient
+        bad(OP, where, "integer lengths that numpy can read", f"{type(lengths).__name__}: {error}", kind=TypeError)
+    if values.ndim != 1:
+        bad(OP, where, "a flat sequence of sample lengths", "a nested one", kind=TypeError)
+    entries = [] if values.dtype.kind in "iu" and hasattr(lengths, "dtype") else list(lengths)
+    wrong = [v for v in entries if isinstance(v, (bool, np.bool_)) or not hasattr(v, "__index__")]
+    if wrong or values.dtype.kind == "b":
+        bad(OP, where, "integer lengths", repr(wrong[0] if wrong else entries[0]), kind=TypeError)
+    # numpy turns Python integers that share no 64-bit type into floats
+    return values if values.dtype.kind in "iu" else np.array([operator.index(v) for v in entries], dtype=object)
+
+
 def _lengths(lengths_by_job: Any, capacity: int, multiple: int) -> tuple[np.ndarray, ...]:
     name = "lengths_by_job"
-    one = "a sequence of jobs, each a sequence of sample lengths"
-    if isinstance(lengths_by_job, (str, bytes, dict)) or not hasattr(lengths_by_job, "__len__"):
-        bad(OP, name, one, type(lengths_by_job).__name__, kind=TypeError)
+    if _size(lengths_by_job) is None:
+        expected = "a sequence of jobs, each a sequence of sample lengths"
+        bad(OP, name, expected, type(lengths_by_job).__name__, kind=TypeError)
     if len(lengths_by_job) == 0:
         bad(OP, name, "at least one job", "none")
     room = capacity // multiple * multiple
     jobs = []
     for j, lengths in enumerate(lengths_by_job):
         where = f"{name}[{j}]"
-        if isinstance(lengths, (str, bytes, dict)) or not hasattr(lengths, "__len__"):
+        size = _size(lengths)
+        if size is None:
             bad(OP, where, "a sequence of sample lengths", type(lengths).__name__, kind=TypeError)
-        if len(lengths) == 0:
+        if size == 0:
             bad(OP, where, "at least one sample", "an empty job")
-        try:
-            values = np.asarray(lengths)
-        except ValueError:  # ragged
-            values = np.empty((0, 0))
-        if values.ndim != 1:
-            bad(OP, where, "a flat sequence of sample lengths", "a nested one", kind=TypeError)
-        if values.dtype.kind not in "iu":
-            wrong = next((v for v in lengths if isinstance(v, (bool, np.bool_)) or not hasattr(v, "__index__")), None)
-            if wrong is not None or values.dtype.kind != "O":
-                bad(OP, where, "integer lengths", repr(wrong if wrong is not None else lengths[0]), kind=TypeError)
+        values = _integers(where, lengths)
         low, high = int(values.argmin()), int(values.argmax())
         if values[low] < 1:
             bad(OP, f"{where}[{low}]", "a length of at least 1", int(values[low]))
@@ -77,10 +97,11 @@ def _lengths(lengths_by_job: Any, capacity: int, multiple: int) -> tuple[np.ndar
 
 def _sizes(global_batch_size: Any, jobs: int) -> tuple[int, ...]:
     name = "global_batch_size"
-    if isinstance(global_batch_size, (str, bytes, dict)) or not hasattr(global_batch_size, "__len__"):
+    count = _size(global_batch_size)
+    if count is None:
         return (_integer(name, global_batch_size, 1, 2**63 - 1),) * jobs
-    if len(global_batch_size) != jobs:
-        bad(OP, name, f"one size, or {jobs} (one per job)", f"{len(global_batch_size)} sizes")
+    if count != jobs:
+        bad(OP, name, f"one size, or {jobs} (one per job)", f"{count} sizes")
     return tuple(_integer(f"{name}[{j}]", size, 1, 2**63 - 1) for j, size in enumerate(global_batch_size))
 
 

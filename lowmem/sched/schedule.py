@@ -70,8 +70,8 @@ class Schedule(Sequence[Microbatch]):
 
     What was found, N samples in T microbatches: samples ``offsets[t]`` to ``offsets[t + 1]`` of the flat int64 [N]
     arrays ``job_ids``, ``sample_ids`` (places in their job), ``sample_lengths``, ``sample_starts`` (first row in the
-    microbatch) make up microbatch t, of ``tokens[t]`` rows with padding: ``offsets`` int64 [T + 1], ``tokens`` int64 [T].
-    ``steps[j][b]`` is the microbatch after which job j's optimizer steps for its global batch b.
+    microbatch) make up microbatch t, of ``tokens[t]`` rows with padding; ``offsets`` is int64 [T + 1] and ``tokens``
+    int64 [T]. ``steps[j][b]`` is the microbatch after which job j's optimizer steps for its global batch b.
     """
 
     lengths: tuple[Array, ...]

@@ -1,10 +1,10 @@
 // csrc/common/philox.h against published vectors and against the definition written out a second way. No torch.
-#include "common/philox.h"
-
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <initializer_list>
+
+#include "common/philox.h"
 
 namespace {
 
@@ -26,8 +26,8 @@ void known_answers() {
   EXPECT(equal(lm::philox4x32_10(0, 0, 0, 0, 0), 0x6627e8d5u, 0xe169c58du, 0xbc57ac4cu, 0x9b00dbd8u));
   const uint32_t all = 0xffffffffu;
   EXPECT(equal(lm::philox4x32_10(~0ull, all, all, all, all), 0x408f276du, 0x41c83b0eu, 0xa20bc7c6u, 0x6d5451fdu));
-  EXPECT(equal(lm::philox4x32_10(0x299f31d0a4093822ull, 0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u), 0xd16cfe09u,
-               0x94fdccebu, 0x5001e420u, 0x24126ea1u));
+  EXPECT(equal(lm::philox4x32_10(0x299f31d0a4093822ull, 0x243f6a88u, 0x85a308d3u, 0x13198a2eu, 0x03707344u),
+               0xd16cfe09u, 0x94fdccebu, 0x5001e420u, 0x24126ea1u));
 }
 
 // keep_word against single elements: half k % 2 of word (k % 8) / 2 of block k / 8, spare bits zero.
