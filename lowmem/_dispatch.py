@@ -124,8 +124,8 @@ def define(
     ``fake`` gives output shapes, ``reference`` is the plain-torch kernel of every device. ``cpp`` names the libraries
     whose sources hold an IMPL block for it: ``"cpu"`` (``lowmem/_C``) and ``"cuda"`` (``lowmem/_C_cuda``, which
     registers ``lowmem_c::<name>`` for a launcher to choose from). ``cpu`` and ``cuda`` are Python kernels for those
-    devices, over other operators or Triton; the first is left out for ``LOWMEM_BACKEND=reference``, the second also
-    where neither Triton nor ``lowmem/_C_cuda`` can serve. The operator has no derivative of its own: differentiating
+    devices, over other operators or Triton; the first is left out for ``LOWMEM_BACKEND=reference`` and where
+    ``lowmem/_C`` has the kernel, the second where neither Triton nor ``lowmem/_C_cuda`` can serve. The operator has no derivative of its own: differentiating
     through it raises, instead of torch's silent zero.
     """
     qual = f"lowmem::{name}"
@@ -136,7 +136,7 @@ def define(
     if "cuda" in cpp:
         torch.library.define(f"lowmem_c::{name}", schema)
         torch.library.register_fake(f"lowmem_c::{name}")(fake)
-    if cpu is not None and REQUESTED != "reference":
+    if cpu is not None and REQUESTED != "reference" and not ("cpu" in cpp and CPU.loaded):
         torch.library.register_kernel(qual, "cpu")(cpu)
         operator.launchers["cpu"] = cpu.__name__
     if cuda is not None and (CUDA.loaded or not TRITON_WHY_NOT):
@@ -165,9 +165,9 @@ def serving(name: str, device: str) -> tuple[str, str]:
     a faster one does not, or ''."""
     operator = OPERATORS[name]
     if device == "cpu":
-        if "cpu" in operator.launchers:
-            return "torch GEMM, composed", ""
-        return ("C++", "") if CPU.loaded else ("reference", CPU.why_not)
+        if "cpu" in operator.cpp and CPU.loaded:
+            return "C++", ""
+        return "composed" if "cpu" in operator.launchers else "reference", CPU.why_not
     if not torch.cuda.is_available():
         return "none", f"torch {torch.__version__} sees no such device"
     if "cuda" not in operator.launchers:

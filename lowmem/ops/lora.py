@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dispatch import CPU, define
+from .._dispatch import define
 from .._errors import bad
 from .philox import inv_keep, keep_mask, pack_bits, unpack_bits
 
@@ -96,7 +96,7 @@ def expand_reference(x: Tensor, w: Tensor | None, s: Tensor, b: Tensor, bias: Te
 
 
 def _expand_composed(x: Tensor, w: Tensor | None, s: Tensor, b: Tensor, bias: Tensor | None) -> Tensor:
-    """Expand over torch's own GEMMs: the base GEMM writes ``y``, a rank-r GEMM accumulates onto it in place."""
+    """Where lowmem/_C is missing: the base GEMM writes ``y``, a rank-r GEMM accumulates onto it in place."""
     bt = b.to(x.dtype).T
     if w is None:
         return s @ bt if bias is None else torch.addmm(bias, s, bt)
@@ -167,7 +167,7 @@ def dx_reference(
 def _dx_composed(
     dy: Tensor, w: Tensor | None, ds: Tensor, a: Tensor, mask: Tensor | None, p: float, seed: Tensor | None, child: int
 ) -> Tensor:
-    """dx over torch's own base GEMM, then the masked rank-r update in place on its output."""
+    """Where lowmem/_C is missing: the base GEMM, then the masked rank-r update in place on its output."""
     dx = dy.new_empty(dy.shape[0], a.shape[1]) if w is None else dy @ w
     torch.ops.lowmem.lora_masked_expand_(dx, ds, a, mask, p, seed, child, w is not None)
     return dx
@@ -203,15 +203,13 @@ def _launcher(name: str) -> Any:
 
 
 define("lora_shrink", SHRINK, fake=shrink_fake, reference=shrink_reference, cpp=("cpu",), cuda=_launcher("shrink"))
-# without lowmem/_C these two still go to torch's GEMMs, not to the reference
-_python = {"lora_expand": _expand_composed, "lora_dx": _dx_composed} if not CPU.loaded else {}
 define(
     "lora_expand",
     EXPAND,
     fake=expand_fake,
     reference=expand_reference,
     cpp=("cpu",),
-    cpu=_python.get("lora_expand"),
+    cpu=_expand_composed,
     cuda=_launcher("expand"),
 )
 define("lora_dy", DY, fake=dy_fake, reference=dy_reference, cpp=("cpu", "cuda"), cuda=_launcher("dy"))
@@ -229,7 +227,7 @@ define(
     fake=dx_fake,
     reference=dx_reference,
     cpp=("cpu",),
-    cpu=_python.get("lora_dx"),
+    cpu=_dx_composed,
     cuda=_launcher("dx"),
 )
 define("lora_da", DA, fake=da_fake, reference=da_reference, cpp=("cpu",), cuda=_launcher("da"))

@@ -193,10 +193,10 @@ def da_reference(
     return da
 
 
-define("lora_multi_shrink", SHRINK, fake=shrink_fake, reference=shrink_reference)
-define("lora_multi_expand_", EXPAND, fake=expand_fake, reference=expand_reference)
-define("lora_multi_dy", DY, fake=dy_fake, reference=dy_reference)
-define("lora_multi_da", DA, fake=da_fake, reference=da_reference)
+define("lora_multi_shrink", SHRINK, fake=shrink_fake, reference=shrink_reference, cpu=shrink_reference)
+define("lora_multi_expand_", EXPAND, fake=expand_fake, reference=expand_reference, cpu=expand_reference)
+define("lora_multi_dy", DY, fake=dy_fake, reference=dy_reference, cpu=dy_reference)
+define("lora_multi_da", DA, fake=da_fake, reference=da_reference, cpu=da_reference)
 
 
 class _MultiLoRALinear(torch.autograd.Function):
