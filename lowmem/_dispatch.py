@@ -125,8 +125,8 @@ def define(
     whose sources hold an IMPL block for it: ``"cpu"`` (``lowmem/_C``) and ``"cuda"`` (``lowmem/_C_cuda``, which
     registers ``lowmem_c::<name>`` for a launcher to choose from). ``cpu`` and ``cuda`` are Python kernels for those
     devices, over other operators or Triton; the first is left out for ``LOWMEM_BACKEND=reference`` and where
-    ``lowmem/_C`` has the kernel, the second where neither Triton nor ``lowmem/_C_cuda`` can serve. The operator has no derivative of its own: differentiating
-    through it raises, instead of torch's silent zero.
+    ``lowmem/_C`` has the kernel, the second where neither Triton nor ``lowmem/_C_cuda`` can serve. The operator has no
+    derivative of its own: differentiating through it raises, instead of torch's silent zero.
     """
     qual = f"lowmem::{name}"
     torch.library.define(qual, schema)
