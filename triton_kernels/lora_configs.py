@@ -72,7 +72,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
 # its own address and predicate) and for fp32, whose full-precision dots run without tensor cores.
 SMALL_TILES: dict[str, Tile] = {
     "shrink": (32, 64, 0, 4, 1),
-    "shrink_plain": (32, 64, 0, 4, 1),
+    "shrink_plain": (32, 32, 0, 4, 1),
     "dy": (32, 64, 0, 4, 1),
     "da": (32, 64, 0, 4, 1),
     "masked_expand": (32, 64, 0, 4, 1),
