@@ -29,7 +29,7 @@ class Bar:
         self.lines = 5 if total > 30 else 1
         self.progress: Progress | None = None
         if out.is_terminal:
-            columns = (TextColumn("{task.description:<34}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (TextColumn("{task.description:<20}"), BarColumn(18), MofNCompleteColumn(), TimeElapsedColumn())
             self.progress = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[note]}"), console=out)
             self.task = self.progress.add_task(title, total=self.total, note="")
 
@@ -39,7 +39,7 @@ class Bar:
         if self.progress is not None:
             self.progress.update(self.task, completed=self.done, note=note)
         elif before * self.lines // self.total != self.done * self.lines // self.total:
-            self.out.print(f"{self.title:<34} {self.done:>4}/{self.total} {note}".rstrip())
+            self.out.print(f"{self.title:<20} {self.done:>4}/{self.total} {note}".rstrip())
 
 
 @contextmanager
@@ -69,24 +69,22 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str, str, str] | None]:
 
     device, dtype = results["device"], results["adapter_dtype"]
     other = "fp32" if dtype != "fp32" else results["dtype"]
-    peak = (
-        "peak CUDA memory of a step, above rest" if device == "cuda" else "peak resident memory of a step, above rest"
-    )
+    peak = f"peak {'CUDA' if device == 'cuda' else 'resident'} memory of a step"
     loss = "{:.4f}".format
     rows: list[tuple[str, str, str, str] | None] = [
         row("held-out loss before", "held_out_before", loss, ratio=False),
         row("held-out loss after", "held_out_after", loss, ratio=False),
         None,
-        row("tokens/s (forward, backward, optimizer)", "tokens_per_s", "{:,.0f}".format),
+        row("tokens/s (forward, backward, update)", "tokens_per_s", "{:,.0f}".format),
         None,
         row(f"saved for backward, {dtype} adapters", "saved_bytes", _mib),
     ]
     if one.get("saved_bytes_other"):
-        rows.append(row(f"saved for backward, were they {other}", "saved_bytes_other", _mib))
+        rows.append(row(f"saved for backward, {other} adapters", "saved_bytes_other", _mib))
     rows += [
         row(peak, "peak_bytes", _mib),
         None,
-        row("frozen parameters (one copy serves both)", "frozen", _mib),
+        row("frozen parameters, one copy for both", "frozen", _mib),
         row("adapter parameters", "trained", _mib),
         row("gradients", "gradients", _mib),
         row("optimizer state", "optimizer", _mib),
@@ -97,7 +95,7 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str, str, str] | None]:
 def table(results: dict[str, Any]) -> Table:
     """The comparison, a row for each quantity."""
     built = Table(header_style="bold")
-    for name, justify in (("", "left"), ("PEFT", "right"), ("lowmem", "right"), ("lowmem / PEFT", "right")):
+    for name, justify in (("", "left"), ("PEFT", "right"), ("lowmem", "right"), ("ratio", "right")):
         built.add_column(name, justify=justify, no_wrap=True)
     for row in _rows(results):
         if row is None:
@@ -116,8 +114,8 @@ def show(out: Console, results: dict[str, Any], warm_up: int, rounds: int) -> No
     for line in (
         f"The runs took turns, step by step. tokens/s: from the median step, the first {warm_up} of each run left out.",
         "Saved for backward: what autograd holds after a forward pass, each storage once, parameters left out.",
-        f"Peak memory of forward and backward: {results['peak_method']}; median of {rounds}.",
-        f"Adapters are {dtype} in both runs{default}.",
+        f"Peak memory of a forward and backward pass: {results['peak_method']}; median of {rounds}.",
+        f"Adapters are {dtype} in both runs{default}. ratio: lowmem / PEFT.",
     ):
         out.print(f"[dim]{line}[/dim]")
 
@@ -156,7 +154,7 @@ def picture(results: dict[str, Any], path: Path) -> None:
     bars = [("saved_bytes", f"saved for backward,\n{results['adapter_dtype']} adapters")]
     if runs["PEFT"].get("saved_bytes_other"):
         bars.append(("saved_bytes_other", f"saved for backward,\n{other} adapters"))
-    bars.append(("peak_bytes", f"peak {kind} memory\nof a step, above rest"))
+    bars.append(("peak_bytes", f"peak {kind}\nmemory of a step"))
     for i, name in enumerate(("PEFT", "lowmem")):
         heights = [runs[name][key] / MIB for key, _ in bars]
         drawn = right.bar(

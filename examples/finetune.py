@@ -175,7 +175,7 @@ def train_base(folder: Path, size: Size, args: argparse.Namespace, device: torch
     model = LlamaForCausalLM(config).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=size.base_lr, betas=(0.9, 0.95), weight_decay=0.1)
     schedule = one_cycle(optimizer, size.base_steps)
-    with _report.bar(out, "base: training on Python's source", size.base_steps) as progress:
+    with _report.bar(out, "base model", size.base_steps) as progress:
         for ids in batches:
             ids = ids.to(device)
             with torch.autocast(
@@ -315,7 +315,7 @@ def train(
         return time.perf_counter()
 
     losses = {name: math.nan for name in runs}
-    with _report.bar(out, "LoRA: PEFT and lowmem in turns", 2 * len(batches)) as progress:
+    with _report.bar(out, "LoRA, taking turns", 2 * len(batches)) as progress:
         for i, ids in enumerate(batches):
             ids = ids.to(device)
             for name in list(runs) if i % 2 == 0 else list(runs)[::-1]:
@@ -353,7 +353,7 @@ def compare(
     runs: dict[str, Run] = {}
     other = torch.float32 if args.adapter_dtype == "model" else DTYPES[args.dtype]
     differs = args.dtype != "fp32"
-    with _report.bar(out, "before: held-out loss, bytes saved", 2 * len(held_out)) as progress:
+    with _report.bar(out, "before tuning", 2 * len(held_out)) as progress:
         for name, model in models.items():
             trained = [p for p in model.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW(trained, lr=size.lr, weight_decay=0.0)
@@ -363,7 +363,7 @@ def compare(
             numbers["held_out_before"] = evaluate(model, held_out, device, progress)
             runs[name] = Run(model, optimizer, one_cycle(optimizer, size.steps), numbers)
     train(runs, batches, args, device, out)
-    with _report.bar(out, "after: held-out loss, peak memory", 2 * len(held_out) + 1) as progress:
+    with _report.bar(out, "after tuning", 2 * len(held_out) + 1) as progress:
         for run in runs.values():
             run.numbers["held_out_after"] = evaluate(run.model, held_out, device, progress)
             run.numbers |= _measure.state_bytes(run.model, run.optimizer)
@@ -463,7 +463,8 @@ def main() -> int:
     differences = ", ".join(f"{value:.1e} in {kind}" for kind, value in results["reload"].items())
     verdict = "[green]equal logits[/green]" if equal else "[red]DIFFERENT LOGITS[/red]"
     out.print(f"picture: {picture}   numbers: {folder / 'finetune.json'}")
-    out.print(f"adapter: {adapter}, loaded by PEFT: {verdict} (largest difference over largest logit: {differences})")
+    out.print(f"adapter: {adapter}, loaded by PEFT onto {base_name}: {verdict}")
+    out.print(f"         (largest difference over largest logit: {differences})")
     out.print(f"{results['seconds']:.0f} s in all")
     return 0 if equal else 1
 
