@@ -183,9 +183,9 @@ __global__ void spilling(const float* in, float* out, int n) {
 """
 INDEXED = """
 __global__ void indexed(const float* in, float* out, int n) {
-  float v[16];
-  for (int i = 0; i < 16; ++i) v[i] = in[threadIdx.x * 16 + i];
-  out[threadIdx.x] = v[n & 15];
+  float v[64];
+  for (int i = 0; i < 64; ++i) v[i] = in[i * n];
+  out[threadIdx.x] = v[(n * threadIdx.x) & 63];
 }
 """
 NARROW = """
@@ -214,7 +214,7 @@ def test_spills_are_caught(tmp_path):
 
 def test_an_array_indexed_at_run_time_is_caught(tmp_path):
     name, got = compiled(tmp_path, INDEXED)
-    assert got["local_bytes"] == 64 and any("local memory" in fault for fault in faults(name, got, None))
+    assert got["local_bytes"] == 256 and any("local memory" in fault for fault in faults(name, got, None))
 
 
 def test_narrow_loads_are_caught(tmp_path):
