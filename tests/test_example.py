@@ -71,8 +71,8 @@ def test_what_is_saved_for_backward(job: tuple[Path, str, dict]) -> None:
 def test_what_is_printed(job: tuple[Path, str, dict]) -> None:
     _, printed, results = job
     for words in (
-        "held-out loss after", "tokens/s", "saved for backward", "peak resident memory of a step", "gradients", "optimizer state",
-        "equal logits", "LoRA, taking turns",
+        "held-out loss after", "tokens/s", "saved for backward", "peak resident memory of a step", "gradients",
+        "optimizer state", "equal logits", "LoRA, taking turns",
     ):  # fmt: skip
         assert words in printed
     for run in results["runs"].values():
