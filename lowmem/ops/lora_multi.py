@@ -1,14 +1,14 @@
 """The ``lora`` family over a batch whose rows belong to different adapters: the operators of :mod:`lowmem.ops.lora`,
 each over all adapters in one call.
 
-A batch of ``M`` rows is cut by ``offsets`` ``[J + 1]`` (int64, on x's device, never read on the host by a GPU backend):
-adapter ``j`` owns rows ``order[offsets[j]:offsets[j + 1]]``, or ``offsets[j]:offsets[j + 1]`` where ``order`` is None.
-Rows outside all of them see the base alone. The adapters' matrices are stacked: ``a`` ``[R, K]`` and ``b`` ``[N, R]``
-with ``R = sum(ranks)``; ``s`` and ``ds`` are ``[M, max(ranks)]``, row ``m`` holding its own adapter's ranks and zeros.
+A batch of ``M`` rows is cut by ``offsets`` ``[J + 1]`` (int64, on x's device): adapter ``j`` owns rows
+``order[offsets[j]:offsets[j + 1]]``, or ``offsets[j]:offsets[j + 1]`` where ``order`` is None. Rows outside all of them
+see the base alone. The adapters' matrices are stacked: ``a`` ``[R, K]`` and ``b`` ``[N, R]`` with ``R = sum(ranks)``;
+``s`` and ``ds`` are ``[M, max(ranks)]``, row ``m`` holding its own adapter's ranks and zeros.
 
-What each operator computes is defined by the loop over adapters below, which is also its kernel on the CPU: adapter
-``j`` draws its mask from ``seeds[j]`` with rows counted inside its own segment, so that a row gets what the
-single-adapter operator would give it.
+What each operator computes is defined by the loop over adapters below, which is also its kernel (it reads ``offsets`` on
+the host): adapter ``j`` draws its mask from ``seeds[j]`` with rows counted inside its own segment, so that a row gets
+what the single-adapter operator would give it.
 """
 
 from __future__ import annotations
@@ -300,8 +300,7 @@ def multi_lora_linear(
             alone would draw under ``seeds[j]``.
         save_mask: as in :func:`lowmem.ops.lora_linear`.
 
-    Returns ``[..., N]``. Nothing here reads ``offsets`` or ``order`` on the host where x is on a GPU. Saved for
-    backward: ``x``, ``S`` ``[M, max r_j]``, bits or seeds, ``order`` and ``offsets``.
+    Returns ``[..., N]``. Saved for backward: ``x``, ``S`` ``[M, max r_j]``, bits or seeds, ``order`` and ``offsets``.
     """
     op = "multi_lora_linear"
     count = len(A)
