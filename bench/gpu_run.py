@@ -13,7 +13,7 @@ Written to ``--out``, flat and few (results come back from some machines by the 
 * ``results.jsonl``: one JSON object a result, appended as it comes
 * ``summary.txt``: the table, rewritten after every part, and printed at the end
 * ``log.txt``: what the parts printed (shortened in the middle where it is long)
-* ``bench.csv``: the benchmark's rows, where it ran
+* ``bench.csv``, ``bench-layer-*.png``: the benchmark's rows and its roofline, where it ran
 
 ``--device cpu`` runs the same thing without a GPU, so that this file itself is tested. Exit status: 0 where nothing
 failed, 1 otherwise; a part that was skipped, with its reason, is no failure.
@@ -340,25 +340,43 @@ def part_ceilings(sink: Sink, args: argparse.Namespace) -> None:
 
 
 def part_bench(sink: Sink, args: argparse.Namespace) -> None:
-    """bench/bench_lora.py, with the options that it has; its CSV goes to ``bench.csv``."""
+    """bench/bench_lora.py piece by piece, the most telling first; rows join ``bench.csv`` as each piece ends."""
     script = ROOT / "bench" / "bench_lora.py"
-    if not script.exists():
-        sink("bench_lora", "skipped", why_not="bench/bench_lora.py is not there")
-        return
-    usage = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True).stdout
-    command = [sys.executable, str(script)]
-    wanted = {"--device": args.device, "--csv": args.out / "bench.csv", "--out": args.out / "bench.csv"}
-    wanted |= {"--minutes": round(args.seconds / 60 - 0.1, 2), "--seconds": int(args.seconds - 5)}
+    pieces = [("layer", "bf16"), ("kernel", "bf16"), ("overhead", "bf16"), ("layer", "fp32"), ("kernel", "fp32")]
     if args.device == "cpu":
-        wanted |= {"--quick": None}
-    for option, value in wanted.items():
-        if re.search(rf"(?<![\w-]){option}(?![\w-])", usage) and not (option == "--out" and "--csv" in command):
-            command += [option] if value is None else [option, str(value)]
-    start = time.time()
-    done = subprocess.run(command, cwd=ROOT)
-    status = "ok" if done.returncode == 0 else "failed"
-    sink("bench_lora", status, seconds=round(time.time() - start, 1), command=" ".join(command[1:]), rc=done.returncode)
-    raise SystemExit(1 if done.returncode else 0)
+        pieces = [("layer,kernel,overhead", "bf16")]
+    failed = 0
+    for only, dtypes in pieces:
+        start, part = time.time(), args.out / "piece.csv"
+        command = [sys.executable, str(script), "--device", args.device, "--only", only, "--dtypes", dtypes]
+        command += ["--csv", str(part), *(["--quick"] if args.device == "cpu" else [])]
+        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        said = []
+        for line in child.stdout or ():
+            print(line, end="", flush=True)
+            said.append(line.rstrip())
+        failed += child.wait() != 0
+        rows = part.read_text().splitlines() if part.exists() else []
+        with open(args.out / "bench.csv", "a") as whole:
+            whole.writelines(f"{row}\n" for row in rows[whole.tell() > 0 :])  # one header
+        part.unlink(missing_ok=True)
+        plot = part.with_suffix(".png")
+        if plot.exists():
+            plot.replace(args.out / f"bench-{only.split(',')[0]}-{dtypes}.png") if only.startswith(
+                "layer"
+            ) else plot.unlink()
+        status, took = ("failed" if child.returncode else "ok"), round(time.time() - start, 1)
+        error = short("\n".join(said[-12:])) if child.returncode else ""
+        sink(
+            f"{only} {dtypes}", status, seconds=took, rows=max(len(rows) - 1, 0), targets=targets_of(said), error=error
+        )
+    raise SystemExit(1 if failed else 0)
+
+
+def targets_of(said: list[str]) -> list[str]:
+    """The lines of bench_lora's last table, which holds what was to be reached."""
+    at = max((i for i, line in enumerate(said) if line.strip().startswith("target")), default=None)
+    return [] if at is None else [line for line in said[at + 1 :] if line.strip()][:-1]
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -417,8 +435,11 @@ def summary(out: Path, done: dict[str, tuple[str, float]]) -> str:
             keys = ("device", "python", "torch", "triton", "commit")
             lines.append("  ".join(f"{k} {r[k]}" for k in keys if k in r))
         elif r["part"] in ("ceilings", "sanitizer", "bench") or (r["part"] == "load" and r["status"] == "skipped"):
-            extra = {k: v for k, v in r.items() if k not in ("part", "name", "error") and v not in ("", None)}
+            extra = {
+                k: v for k, v in r.items() if k not in ("part", "name", "error", "targets") and v not in ("", None)
+            }
             lines.append(f"{r['part']}: {r['name']}: " + ", ".join(f"{k} {v}" for k, v in extra.items()))
+            lines += [f"  {line}" for line in r.get("targets", ())]
     bad = [r for r in rows if r["status"] in ("failed", "timeout", "lost")]
     lines += [f"FAILED {r['part']}: {r['name']}: {short(r.get('error', ''), 200)}".replace("\n", " ") for r in bad[:25]]
     if len(bad) > 25:
@@ -464,8 +485,9 @@ def main(argv: list[str] | None = None) -> int:
         globals()[f"part_{args.part}"](Sink(args.out, args.part), args)
         return 0
     deadline = time.time() + args.minutes * 60
-    for old in ("results.jsonl", "summary.txt", "log.txt", "bench.csv"):
-        (args.out / old).unlink(missing_ok=True)
+    for pattern in ("results.jsonl", "summary.txt", "log.txt", "part.log", "bench*.csv", "bench*.png", "piece.*"):
+        for old in args.out.glob(pattern):
+            old.unlink()
     done: dict[str, tuple[str, float]] = {}
     parts = [part for part in PARTS if part in args.only]
     for i, part in enumerate(parts):
