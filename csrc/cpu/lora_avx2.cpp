@@ -99,6 +99,7 @@ struct Float256 {
   static Vec zero() { return _mm256_setzero_ps(); }
   static Vec load(const C* c) { return _mm256_loadu_ps(c); }
   static void store(C* c, Vec v) { _mm256_storeu_ps(c, v); }
+  static Vec add(Vec x, Vec y) { return _mm256_add_ps(x, y); }
   static B panel(const E* b, int v) { return _mm256_loadu_ps(b + 8 * v); }
   static Vec madd(Vec acc, const E* a, B b) { return _mm256_fmadd_ps(_mm256_broadcast_ss(a), b, acc); }
   template <class T>
@@ -147,6 +148,7 @@ struct Double256 {
   static Vec zero() { return _mm256_setzero_pd(); }
   static Vec load(const C* c) { return _mm256_loadu_pd(c); }
   static void store(C* c, Vec v) { _mm256_storeu_pd(c, v); }
+  static Vec add(Vec x, Vec y) { return _mm256_add_pd(x, y); }
   static B panel(const E* b, int v) { return _mm256_loadu_pd(b + 4 * v); }
   static Vec madd(Vec acc, const E* a, B b) { return _mm256_fmadd_pd(_mm256_broadcast_sd(a), b, acc); }
   static void tile_rows(E* dst, const double* src, uint32_t bits, int n) {

@@ -80,6 +80,7 @@ struct Float512 {
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec load(const C* c) { return _mm512_loadu_ps(c); }
   static void store(C* c, Vec v) { _mm512_storeu_ps(c, v); }
+  static Vec add(Vec x, Vec y) { return _mm512_add_ps(x, y); }
   static B panel(const E* b, int) { return _mm512_loadu_ps(b); }
   static Vec madd(Vec acc, const E* a, B b) { return _mm512_fmadd_ps(_mm512_set1_ps(*a), b, acc); }
   template <class T>
@@ -117,6 +118,7 @@ struct Double512 {
   static Vec zero() { return _mm512_setzero_pd(); }
   static Vec load(const C* c) { return _mm512_loadu_pd(c); }
   static void store(C* c, Vec v) { _mm512_storeu_pd(c, v); }
+  static Vec add(Vec x, Vec y) { return _mm512_add_pd(x, y); }
   static B panel(const E* b, int v) { return _mm512_loadu_pd(b + 8 * v); }
   static Vec madd(Vec acc, const E* a, B b) { return _mm512_fmadd_pd(_mm512_set1_pd(*a), b, acc); }
   static void tile_rows(E* dst, const double* src, uint32_t bits, int n) {

@@ -39,6 +39,7 @@ struct Pair512 {
   static Vec zero() { return _mm512_setzero_ps(); }
   static Vec load(const C* c) { return _mm512_loadu_ps(c); }
   static void store(C* c, Vec v) { _mm512_storeu_ps(c, v); }
+  static Vec add(Vec x, Vec y) { return _mm512_add_ps(x, y); }
   static B panel(const E* b, int) { return _mm512_loadu_si512(b); }
   static Vec madd(Vec acc, const E* a, B b) {
     return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_set1_epi32(static_cast<int>(*a)), (__m512bh)b);

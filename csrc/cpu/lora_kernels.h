@@ -5,7 +5,7 @@
 //
 // A vector type V holds: E (element of tiles and panels), C (accumulator), kPair (neighbours in an element), kWidth
 // (rows of its widest micro-kernel), kVectors (vectors of a panel) and
-//   Vec zero(), load(const C*); void store(C*, Vec)
+//   Vec zero(), load(const C*), add(Vec, Vec); void store(C*, Vec)
 //   B panel(const E*, int v)              vector v of a panel's 16 columns
 //   Vec madd(Vec, const E*, B)            adds broadcast(element) * panel
 //   void tile_rows(E*, const T*, bits, n) up to 32 elements of a row, masked, neighbours in the columns paired
@@ -24,16 +24,13 @@ constexpr int kTileCols = kTileElements<V> * V::kPair;
 template <class V>
 constexpr int kTileStride = kTileElements<V> + 64 / sizeof(typename V::E);  // off the cache's power-of-two strides
 
-// c[i][0..15] = (fresh ? 0 : c) + sum_t a[i * RS + t * KS] * b[t][0..15] for MR rows i.
+// c[i][0..15] = (fresh ? 0 : c) + sum_t a[i * RS + t * KS] * b[t][0..15] for MR rows i. The sum starts from zero and is
+// added at the end: over many tiles that is a blocked sum, whose error grows far slower than a running one's.
 template <class V, int MR, int RS, int KS>
 __attribute__((noinline)) void micro(int64_t steps, const typename V::E* a, const typename V::E* b, typename V::C* c,
                                      int64_t ldc, bool fresh) {
   typename V::Vec acc[MR][V::kVectors];
-  LM_UNROLL for (int i = 0; i < MR; ++i) {
-    LM_UNROLL for (int v = 0; v < V::kVectors; ++v) {
-      acc[i][v] = fresh ? V::zero() : V::load(c + i * ldc + v * (kPanel / V::kVectors));
-    }
-  }
+  LM_UNROLL for (int i = 0; i < MR; ++i) { LM_UNROLL for (int v = 0; v < V::kVectors; ++v) acc[i][v] = V::zero(); }
   for (int64_t t = 0; t < steps; ++t) {
     typename V::B bv[V::kVectors];
     LM_UNROLL for (int v = 0; v < V::kVectors; ++v) bv[v] = V::panel(b, v);
@@ -44,7 +41,10 @@ __attribute__((noinline)) void micro(int64_t steps, const typename V::E* a, cons
     b += kPanel;
   }
   LM_UNROLL for (int i = 0; i < MR; ++i) {
-    LM_UNROLL for (int v = 0; v < V::kVectors; ++v) V::store(c + i * ldc + v * (kPanel / V::kVectors), acc[i][v]);
+    LM_UNROLL for (int v = 0; v < V::kVectors; ++v) {
+      typename V::C* at = c + i * ldc + v * (kPanel / V::kVectors);
+      V::store(at, fresh ? acc[i][v] : V::add(V::load(at), acc[i][v]));
+    }
   }
 }
 

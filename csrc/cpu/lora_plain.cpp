@@ -36,6 +36,10 @@ struct Plain {
   static void store(C* c, Vec x) {
     for (int i = 0; i < 4; ++i) c[i] = x.v[i];
   }
+  static Vec add(Vec x, Vec y) {
+    for (int i = 0; i < 4; ++i) x.v[i] += y.v[i];
+    return x;
+  }
   static B panel(const E* b, int v) { return load(b + 4 * v); }
   static Vec madd(Vec acc, const E* a, B b) {
     for (int i = 0; i < 4; ++i) acc.v[i] += *a * b.v[i];
