@@ -177,3 +177,33 @@ def test_a_line_cut_short_is_left_out_and_lost_devices_are_told(gpu_run, tmp_pat
     assert [r["name"] for r in gpu_run.results(tmp_path)] == ["x"]
     assert gpu_run.lost_device(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not gpu_run.lost_device(AssertionError("error 3 exceeds the bound 2"))
+
+
+def test_the_benchmark_joins_its_pieces_and_survives_one_that_fails(gpu_run, monkeypatch, tmp_path):
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "bench_lora.py").write_text(
+        "import argparse, pathlib, sys\n"
+        "parser = argparse.ArgumentParser()\n"
+        "for name in ('--device', '--only', '--dtypes', '--csv'): parser.add_argument(name)\n"
+        "args = parser.parse_args()\n"
+        "if args.only == 'kernel': sys.exit('no kernels today')\n"
+        "path = pathlib.Path(args.csv)\n"
+        "path.write_text(f'op,dtype\\n{args.only},{args.dtypes}\\n')\n"
+        "path.with_suffix('.png').write_bytes(b'picture')\n"
+        "print('speed-up over PEFT   1.31   >=1.30  met')\n"
+        "print('1 of 1 met')\n"
+    )
+    monkeypatch.setattr(gpu_run, "ROOT", tmp_path)
+    out = tmp_path / "out"
+    out.mkdir()
+    args = gpu_run.parse(["--device", "cuda", "--out", str(out)])
+    with pytest.raises(SystemExit) as end:
+        gpu_run.part_bench(gpu_run.Sink(out, "bench"), args)
+    assert end.value.code == 1
+    assert (out / "bench.csv").read_text() == "op,dtype\nlayer,bf16\noverhead,bf16\nlayer,fp32\n"
+    rows = {r["name"]: r for r in lines(out)}
+    assert rows["kernel bf16"]["status"] == "failed" and "no kernels today" in rows["kernel bf16"]["error"]
+    assert rows["layer bf16"]["targets"] == ["speed-up over PEFT   1.31   >=1.30  met"]
+    assert "speed-up over PEFT" in gpu_run.summary(out, {"bench": ("failed", 1.0)})
+    files = {p.name for p in out.iterdir()}
+    assert files == {"results.jsonl", "summary.txt", "bench.csv", "bench-layer-bf16.png", "bench-layer-fp32.png"}
