@@ -6,9 +6,9 @@ A batch of ``M`` rows is cut by ``offsets`` ``[J + 1]`` (int64, on x's device): 
 see the base alone. The adapters' matrices are stacked: ``a`` ``[R, K]`` and ``b`` ``[N, R]`` with ``R = sum(ranks)``;
 ``s`` and ``ds`` are ``[M, max(ranks)]``, row ``m`` holding its own adapter's ranks and zeros.
 
-What each operator computes is defined by the loop over adapters below, which is also its kernel (it reads ``offsets`` on
-the host): adapter ``j`` draws its mask from ``seeds[j]`` with rows counted inside its own segment, so that a row gets
-what the single-adapter operator would give it.
+What each operator computes is defined by the loop over adapters below, which is also its kernel (it reads ``offsets``
+on the host): adapter ``j`` draws its mask from ``seeds[j]`` with rows counted inside its own segment, so that a row
+gets what the single-adapter operator would give it.
 """
 
 from __future__ import annotations
