@@ -258,10 +258,11 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: Tensor | None) -> Any:
+        saved = ctx.saved_tensors  # outside: under activation checkpointing this runs a piece of the model again
         if _below_autograd():
             with torch._C._AutoDispatchBelowAutograd():
-                return _LoRALinear._backward(ctx, *upstream)
-        return _LoRALinear._backward(ctx, *upstream)
+                return _LoRALinear._backward(ctx, saved, *upstream)
+        return _LoRALinear._backward(ctx, saved, *upstream)
 
     @staticmethod
     def _forward(
@@ -290,10 +291,9 @@ class _LoRALinear(torch.autograd.Function):
         return tuple(outputs)
 
     @staticmethod
-    def _backward(ctx: Any, *upstream: Tensor | None) -> Any:
+    def _backward(ctx: Any, tensors: tuple[Any, ...], *upstream: Tensor | None) -> Any:
         ops = torch.ops.lowmem
-        saved: list[Any]
-        x, *saved = ctx.saved_tensors
+        x, *saved = tensors
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
         dx: Any = None
