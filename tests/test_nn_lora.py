@@ -168,7 +168,8 @@ def test_merge_unmerge_disabled(dtype):
     with fused.disabled():
         torch.testing.assert_close(fused(x), base, **tolerance)
     fused.unmerge()
-    merged_size = float((weight + 0).abs().max() + 2 * (fused.lora_B["default"] @ fused.lora_A["default"]).abs().max())
+    delta = (fused.lora_B["default"] @ fused.lora_A["default"]).detach()
+    merged_size = float(weight.detach().abs().max() + 2 * delta.abs().max())
     assert float((fused.weight - weight).abs().max()) <= 2 * torch.finfo(dtype).eps * merged_size
 
 
@@ -332,7 +333,8 @@ def test_compile_fullgraph(backend, mask, autocast):
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("mask", ["bits", "seed"])
 def test_checkpointing_draws_the_same_masks(mask, reentrant):
-    model = nn.Sequential(*(layer(40, 40, dropout=0.3, mask=mask) for _ in range(3)))
+    # the activations between are recomputed from inside the layers' own backward
+    model = nn.Sequential(*(m for _ in range(3) for m in (nn.GELU(), layer(40, 40, dropout=0.3, mask=mask))))
     x = torch.randn(8, 40)
     twin = copy.deepcopy(model)
     for a, b in zip(run(model, x, 5), run(Checkpointed(twin, reentrant), x, 5), strict=True):
