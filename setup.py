@@ -31,6 +31,7 @@ from setuptools import setup
 ROOT = Path(__file__).resolve().parent
 STABLE_ABI = ["-DTORCH_TARGET_VERSION=0x020b000000000000"]  # nothing newer than torch 2.11 may be used
 CXX_FLAGS = ["-O3", "-g0", "-std=c++17", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas"]
+CXX_FLAGS += [f"-ffile-prefix-map={ROOT}=."]  # registrations name their file: not by the builder's folder
 DEFAULT_ARCHS = "8.0+PTX;9.0a;10.0a"  # the PTX of 8.0 serves the architectures without a binary of their own
 
 
@@ -100,6 +101,7 @@ def cuda_extension(cpp_extension, home: Path, release: tuple[int, int]):
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", archs)
     threads = os.environ.get("NVCC_THREADS")
     nvcc = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "-Xfatbin=-compress-all"]
+    nvcc += [f"-Xcompiler=-ffile-prefix-map={ROOT}=."]
     # cpp_extension switches CUDA's own arithmetic of 16-bit floats off, in favour of torch's, which is not used here
     nvcc += [f"-U__CUDA_NO_{what}__" for what in ("HALF_OPERATORS", "HALF_CONVERSIONS", "HALF2_OPERATORS")]
     nvcc += ["-U__CUDA_NO_BFLOAT16_CONVERSIONS__"]

@@ -160,6 +160,8 @@ def test_built_wheel(built_wheel, environment, tmp_path):
     host = f"lowmem/_host.{sysconfig.get_config_var('SOABI')}.so"
     assert compiled - {"lowmem/_C.abi3.so"} == ({host} if list((ROOT / "csrc" / "host").glob("*.cpp")) else set())
     assert "lowmem/triton_kernels/philox.py" in names(built_wheel)
+    with zipfile.ZipFile(built_wheel) as archive:  # nothing of the folder it was built in
+        assert b"lowmem-tree" not in archive.read("lowmem/_C.abi3.so")
     install(environment, built_wheel)
     found = probe(environment, tmp_path, LOWMEM_BACKEND="cpu")
     assert found["file"].startswith(str(tmp_path / "venv")) and found["cpu"]
