@@ -22,7 +22,6 @@ from lora_cases import (
     tensors,
 )
 
-from lowmem import _dispatch
 from lowmem.ops.philox import inv_keep, keep_mask, pack_bits
 from lowmem.testing import LAYOUTS, RANKS, assert_close_to_reference, huge_view, reference_pair
 
@@ -340,33 +339,3 @@ def test_large_enough_to_be_split_over_threads(name, device):
     for precision, p, bits in (("fp32", 0.0, True), ("fp32", 0.1, True), ("bf16", 0.1, False)):
         case = Case(m=523, k=1093, n=1031, r=24, precision=precision, p=p, bits=bits, device=device)
         check_case(name, case, threads=2)
-
-
-EVERY_LEVEL = """
-import itertools, sys
-sys.path.insert(0, "tests")
-from lora_cases import OPERATORS, PRECISIONS, Case, check_case
-from lowmem.testing import LAYOUTS, poison_empties
-with poison_empties():
-    for name, precision in itertools.product(OPERATORS, PRECISIONS):
-        for m, k, n, r in ((1, 1, 1, 1), (7, 31, 9, 3), (33, 100, 65, 16), (65, 257, 40, 33), (13, 515, 129, 130)):
-            for p, bits in ((0.0, True), (0.3, True), (0.3, False)):
-                check_case(name, Case(m=m, k=k, n=n, r=r, p=p, bits=bits, precision=precision))
-        for layout in LAYOUTS:
-            check_case(name, Case(m=9, k=77, n=40, layout=layout, adapters=layout, precision=precision))
-print("all checked")
-"""
-
-
-@pytest.mark.parametrize("level", ["plain", "avx2", "avx512", "avx512_bf16"])
-def test_every_instruction_set(level, runs_under):
-    # this process took the best one the machine has; LOWMEM_CPU_ISA is read once a process
-    if not _dispatch.CPU.loaded:
-        pytest.skip(_dispatch.CPU.why_not)
-    try:
-        said = runs_under("auto", EVERY_LEVEL, LOWMEM_CPU_ISA=level)
-    except AssertionError as error:
-        if "LOWMEM_CPU_ISA: expected one of" in str(error):
-            pytest.skip(f"this processor has no {level}")
-        raise
-    assert "all checked" in said
