@@ -146,7 +146,12 @@ def picture(results: dict[str, Any], path: Path) -> None:
         ends = [run["held_out_before"], run["held_out_after"]]
         size = 110 if name == "PEFT" else 40
         left.scatter([0, steps], ends, color=colour, s=size, zorder=3, marker="o", label=f"{name}, held out")
-    left.set(xlabel="step", ylabel="loss (nats a token)", title=f"Loss (training: mean of {width} steps)")
+    left.set(
+        xlabel="step",
+        ylabel="loss (nats a token)",
+        title="Loss" + (f" (training: mean of {width} steps)" if width > 1 else ""),
+    )
+    left.xaxis.get_major_locator().set_params(integer=True)
     left.legend(frameon=False)
 
     other = "fp32" if results["adapter_dtype"] != "fp32" else results["dtype"]
