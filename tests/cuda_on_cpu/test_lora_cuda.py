@@ -104,6 +104,16 @@ def test_expand_stays_inside_its_arguments(rig, place, k, r):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("k", [9, 31, 123, 255])
+def test_expand_ragged_row_end_beside_aligned_rows(rig, k, precision):
+    # rows start on 16 bytes, so all but the last columns are taken 16 bytes at a time; what follows them is compared
+    args = arguments("lora_masked_expand_", Case(m=33, k=k, r=12, precision=precision, bits=k % 3 == 0))
+    wide = {"out": (k + 16 - k % 8, 1), "a": (k + 24 - k % 8, 1), "ds": (16, 1)}
+    for place in ("start", "end"):
+        assert torch.equal(rig.masked_expand(*args, strides=wide, place=place), rig.masked_expand(*args))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_expand_offsets_beyond_32_bits(rig, precision):
     t = tensors(Case(m=6, k=96, r=8, precision=precision))
     args = (t["out"], t["ds"], t["a"], t["mask"], 0.1, None, 3, True)
