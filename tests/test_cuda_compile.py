@@ -185,6 +185,7 @@ INDEXED = """
 __global__ void indexed(const float* in, float* out, int n) {
   float v[64];
   for (int i = 0; i < 64; ++i) v[i] = in[i * n];
+  for (int i = 0; i < n; ++i) v[(i * n) & 63] += v[(i + threadIdx.x) & 63];
   out[threadIdx.x] = v[(n * threadIdx.x) & 63];
 }
 """
