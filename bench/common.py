@@ -196,7 +196,7 @@ class Ceilings:
 
 def ceilings(device: str, dtypes: Sequence[torch.dtype], *, quick: bool = False) -> Ceilings:
     """Measure them: the best of several runs of a large copy and, for each dtype, of a large GEMM on random data."""
-    repeats = 3 if quick else 9
+    repeats = 3 if quick else 25
     size = (1 << 28) if device == "cuda" else (1 << 24 if quick else 1 << 26)
     source = torch.randn(size, device=device)
     target = torch.empty_like(source)

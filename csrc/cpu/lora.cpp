@@ -27,7 +27,10 @@ constexpr int64_t kColumnChunk = 1024;       // columns of one block of a pass: 
 constexpr int64_t kRowBlock = 32;            // rows of a tile (kTileRows)
 constexpr int64_t kFusedRank = 64;           // above it the two sums over dy run apart: they are bound by arithmetic
 constexpr int64_t kExpandBytes = 256 << 10;  // of panels that one sweep over the rows keeps in the second-level cache
-constexpr int64_t kSerialWork = 1 << 18;     // multiply-adds below which another thread does not pay
+// Less than this is not divided: a parallel region costs microseconds, and far more where other programs hold the
+// cores.
+constexpr int64_t kSerialWork = 1 << 20;   // multiply-adds
+constexpr int64_t kSerialMoves = 1 << 17;  // elements packed or summed
 
 const char* const kLevels = "plain, avx2, avx512 or avx512_bf16";
 
@@ -135,7 +138,7 @@ Buffer panels(const LoraKernels& kernels, Dtype round, const Thin& m) {
   const int64_t columns = ceil_div(m.columns, 2 * kPanel) * 2 * kPanel;  // the rank-r update reads panels by twos
   Buffer buffer = allocate(steps * columns * element_size(kernels.element));
   void* dst = buffer.get();
-  const int64_t grain = 1 + kSerialWork / 8 / (columns + 1);
+  const int64_t grain = 1 + kSerialMoves / columns;
   torch::stable::parallel_for(0, steps, grain,
                               [&](int64_t t0, int64_t t1) { pack(kernels.element, round, m, dst, t0, t1); });
   return buffer;
@@ -211,7 +214,7 @@ void sum_to(const Buffer& parts, int64_t chunks, int64_t rows, int64_t rank_pad,
   const C factor = static_cast<C>(alpha);
   void* to = out.data_ptr();
   const Dtype type = dtype_of(out);
-  torch::stable::parallel_for(0, rows, 1 + kSerialWork / 8 / (chunks * rank_pad + 1), [&](int64_t i0, int64_t i1) {
+  torch::stable::parallel_for(0, rows, 1 + kSerialMoves / (chunks * rank_pad), [&](int64_t i0, int64_t i1) {
     if (type == kBFloat16) {
       sum_parts(from, chunks, rows, rank_pad, rank, factor, static_cast<BFloat16*>(to), transposed, i0, i1);
     } else if (type == kFloat16) {
@@ -236,7 +239,8 @@ void run_pass(const Tensor& y, const Drop& drop, const Thin& q, const Thin* p, d
   const Buffer dot = p ? allocate(blocks.column_chunks * rows * pad * size) : Buffer();
   const int pair = pair_of(kernels.element);
   const int64_t tasks = blocks.column_chunks * blocks.row_chunks;
-  const int64_t work = blocks.chunk_rows * (cols < kColumnChunk ? cols : kColumnChunk) * pad;
+  const int64_t work =
+      (rows < blocks.chunk_rows ? rows : blocks.chunk_rows) * (cols < kColumnChunk ? cols : kColumnChunk) * pad;
   torch::stable::parallel_for(0, tasks, 1 + kSerialWork / (work + 1), [&](int64_t t0, int64_t t1) {
     for (int64_t task = t0; task < t1; ++task) {
       const int64_t cc = task / blocks.row_chunks, rc = task % blocks.row_chunks;

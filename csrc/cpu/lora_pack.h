@@ -90,9 +90,13 @@ void pack_steps(const Thin& m, typename P::E* dst, int64_t t0, int64_t t1) {
           continue;
         }
         const T* p = src + tb * kPair * m.sk + (q * kPanel + j) * m.sj;
-        for (int64_t t = tb; t < te; ++t, out += kPanel, p += kPair * m.sk) {
-          *out = P::make(p, m.sk, (t + 1) * kPair <= m.depth);
+        const int64_t whole = te * kPair <= m.depth ? te : te - 1;
+        if (m.sk == 1) {  // the common case, apart: with a constant step a pair is one load
+          for (int64_t t = tb; t < whole; ++t, out += kPanel, p += kPair) *out = P::make(p, 1, true);
+        } else {
+          for (int64_t t = tb; t < whole; ++t, out += kPanel, p += kPair * m.sk) *out = P::make(p, m.sk, true);
         }
+        if (whole < te) *out = P::make(p, m.sk, false);
       }
     }
   }
