@@ -53,6 +53,7 @@ def pytest_part(name: str, marks: str, env: dict[str, str] | None = None) -> Cal
     def part(jobs: int) -> tuple[bool, str]:
         threads = str(max(1, (os.cpu_count() or 1) // jobs))
         settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **(env or {})}
+        settings["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait must not spin on the other process's core
         command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "tests"]
         command += ["-n", str(jobs)] if jobs > 1 else []
         status, last = run(command, settings)
