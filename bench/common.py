@@ -48,7 +48,7 @@ def commit() -> str:
         )
         paths = ["lowmem", "csrc", "triton_kernels", "bench/*.py", "setup.py"]
         changed = subprocess.run(
-            ["git", "status", "--porcelain", "--", *paths], cwd=ROOT, capture_output=True, text=True
+            ["git", "status", "--porcelain", "-uno", "--", *paths], cwd=ROOT, capture_output=True, text=True
         )
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
