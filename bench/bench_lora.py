@@ -331,6 +331,7 @@ def main() -> None:
     rates = ", ".join(f"GEMM {str(d)[6:]} {r:.3f} TFLOP/s" for d, r in top.gemm_tflops.items())
     print(f"ceilings of this run: copy {top.copy_gbs:.1f} GB/s, {rates}")
     out.header()
+    csv = args.csv or ROOT / "bench" / "results" / slug(args.device) / "lora.csv"
     if "overhead" in parts:
         for k in widths:
             for dtype in dtypes:
@@ -344,6 +345,7 @@ def main() -> None:
         for dtype in dtypes:
             for shape in shapes:
                 targets += bench_layer(out, args, shape, dtype, dtype)
+                out.write(csv)  # as it goes: the large shapes take minutes, and what is measured should not be lost
                 if dtype == BF16:  # PEFT's own default keeps adapters in fp32 over a 16-bit base
                     targets += bench_layer(out, args, shape, dtype, FP32)
     if args.device == "cuda" and args.speedups:
@@ -352,8 +354,8 @@ def main() -> None:
             mean = statistics.mean(args.speedups[key])
             targets.append(Target(f"mean speed-up over {text}, p={P}, four shapes", mean, limit, at_most=False))
     print_targets(targets)
-    csv = args.csv or ROOT / "bench" / "results" / slug(args.device) / "lora.csv"
     out.write(csv)
+    print(f"wrote {csv} ({len(out.rows)} rows)")
     out.plot(csv.with_suffix(".png"), OURS)
     print(f"{time.time() - start:.0f} s")
 

@@ -274,7 +274,6 @@ class Results:
             writer = csv.DictWriter(file, fieldnames=COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(self.rows)
-        print(f"\nwrote {path} ({len(self.rows)} rows)")
 
     def plot(self, path: Path, ours: str) -> None:
         """Draw the rows with GB/s and TFLOP/s on the roofline of this run; backends whose name starts with ``ours`` are
