@@ -172,7 +172,7 @@ def dy(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     arch = _serves(dy, b, s)
     way = "torch"
     if arch is not None:
-        way = lora_rule.dy_way(_name(dy.device), b.shape[1], dy.dtype, _dispatch.CUDA.loaded)
+        way = lora_rule.dy_way(_name(dy.device), b.shape[1], dy.dtype, _dispatch.CUDA.loaded and dy.is_cuda)
     if way == "torch":
         return family.dy_reference(dy, b, s, scale)
     if way == "cuda":
@@ -246,7 +246,8 @@ def masked_expand_(
 ) -> None:
     """``lowmem::lora_masked_expand_``, in place on ``out`` ``[M, K]``."""
     arch = _serves(out, ds, a)
-    way = "torch" if arch is None else lora_rule.masked_expand_way(_name(out.device), _dispatch.CUDA.loaded)
+    cuda = _dispatch.CUDA.loaded and out.is_cuda  # the interpreter's tensors lie on the CPU
+    way = "torch" if arch is None else lora_rule.masked_expand_way(_name(out.device), cuda)
     if way == "torch":
         family.masked_expand_reference(out, ds, a, mask, p, seed, child, accumulate)
     elif way == "cuda":

@@ -36,7 +36,7 @@ Tensor template_scale(const Tensor& x, double alpha) {
   const torch::stable::accelerator::DeviceGuard guard(device);  // the tensors' device, whatever the current one is
   void* stream = nullptr;
   // the current stream through the C shim: getCurrentStream's native handle needs torch 2.13
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   Tensor y = torch::stable::new_empty(x, {x.size(0), x.size(1)});
   // CUDA's own 16-bit types in the kernel, which lm.cuh loads, stores and converts
   switch (x.scalar_type()) {
