@@ -55,7 +55,7 @@ def pytest_part(name: str, marks: str, env: dict[str, str] | None = None) -> Cal
         settings = {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, **(env or {})}
         settings["OMP_WAIT_POLICY"] = "PASSIVE"  # threads that wait must not spin on the other process's core
         command = [sys.executable, "-m", "pytest", "-q", "-m", marks, "tests"]
-        command += ["-n", str(jobs)] if jobs > 1 else []
+        command += ["-n", str(jobs), "--dist", "loadgroup"] if jobs > 1 else []
         status, last = run(command, settings)
         text = re.sub(r"^=+ | =+$", "", last)
         return status == 0, text if status != 5 else f"no test is marked for it ({marks})"
