@@ -311,6 +311,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=0.0, help="time to fill with further rounds")
     parser.add_argument("--compile", action="store_true", help="also PEFT under torch.compile")
     parser.add_argument("--dtypes", default="bf16,fp32", help="of bf16, fp32")
+    parser.add_argument("--shape", help="of the layers: this one alone, as M,K,N")
     parser.add_argument("--quick", action="store_true", help="small shapes, three rounds: does it run?")
     parser.add_argument("--csv", type=Path, help="default: bench/results/<device>/lora.csv")
     args = parser.parse_args()
@@ -320,6 +321,8 @@ def main() -> None:
     kernel_shapes = [((8192 if args.device == "cuda" else 2048, 4096, 4096), r) for r in (16, 64)]
     if args.quick:
         args.rounds, shapes, kernel_shapes, widths = 3, [(64, 128, 192)], [((64, 128, 192), 16)], (64,)
+    if args.shape:
+        shapes = [tuple(int(size) for size in args.shape.split(","))]
     args.share = args.seconds / max(1, len(shapes) * len(dtypes) + len(kernel_shapes) * len(dtypes))
     args.speedups = {}
 
