@@ -2,9 +2,11 @@
 
 No GPU is needed. Per kernel and architecture: registers, local memory (spills, runtime-indexed arrays), static shared
 memory, and the instructions meant (tensor cores, cp.async, 16-byte loads and stores), read from the machine code.
-``tests/budgets/cuda.json`` holds what each may take with the nvcc release named there; ``LOWMEM_UPDATE_BUDGETS=1``
-rewrites it (in one process: -n 0). Results are kept in ``.cache/cuda_compile/`` by a hash of the sources and nvcc's
-version, so that a second run compiles nothing.
+A family is a file ``tests/cpp/<family>_kernels.cu``. ``tests/budgets/<family>.cuda.json`` holds what each of its
+kernels may take with the nvcc release named there (``LOWMEM_UPDATE_BUDGETS=1`` rewrites that part, in one process:
+-n 0) and, by hand: ``meant``, instructions that kernels whose name matches must have; ``resident``, ``[threads,
+blocks]`` of which so many blocks must fit on a multiprocessor; ``names``, replacements that make names readable.
+Results are kept in ``.cache/cuda_compile/`` by a hash of the sources and nvcc's version: a second run compiles nothing.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ import cubin
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-BUDGETS = Path(__file__).parent / "budgets" / "cuda.json"
+BUDGETS = Path(__file__).parent / "budgets"
 CACHE = ROOT / ".cache" / "cuda_compile"
 UPDATE = os.environ.get("LOWMEM_UPDATE_BUDGETS") == "1"
 ARCHS = ("80", "90a", "100a")
@@ -33,23 +35,6 @@ FAMILIES = sorted(p.name.removesuffix("_kernels.cu") for p in (ROOT / "tests" / 
 
 WHY_NOT = cubin.have("nvcc", "cuobjdump")
 pytestmark = [pytest.mark.compile, pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)]
-
-# What a kernel must be made of, by the start of its name: instructions that are there, ...
-TENSOR_CORES = {r"lm::dy_kernel<(__half|__nv_bfloat16), \d+>", r"lm::masked_expand_kernel<(__half|__nv_bfloat16), .*>"}
-MEANT = {
-    r"lm::masked_expand_kernel<.*>": ("LDG.E.128", "STG.E.128"),
-    r"lm::dy_kernel<.*>": ("LDGSTS.E.BYPASS.128", "STG.E.*"),
-    r"lm::dy_reduce_kernel<.*>": ("LDG.E.128",),
-    **{name: ("HMMA.16816.F32.*", "LDSM.16.M.*") for name in TENSOR_CORES},
-}
-# ... and how many blocks of how many threads must fit by their registers
-RESIDENT = {
-    r"lm::masked_expand_kernel<(__half|__nv_bfloat16), .*>": (128, 5),
-    r"lm::masked_expand_kernel<float, .*>": (128, 4),
-    r"lm::dy_kernel<.*, 16>": (256, 2),
-    r"lm::dy_kernel<.*, (32|64)>": (256, 1),
-    r"lm::dy_reduce_kernel<.*>": (256, 8),
-}
 
 
 # ------------------------------------------------------------------------------------------------ compile and measure
@@ -67,12 +52,13 @@ def compile_cubin(source: Path, arch: str, out: Path, *more: str) -> None:
     assert done.returncode == 0, done.stderr[-4000:]
 
 
-def measure(path: Path) -> dict[str, dict[str, Any]]:
+def measure(path: Path, names: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Per kernel, by its readable name: resource usage and the counts of its instructions."""
     found = {}
     for name, usage in cubin.resource_usage(path).items():
-        readable = cubin.demangle(name).replace("(lm::Keep)0", "all").replace("(lm::Keep)1", "bits")
-        readable = readable.replace("(lm::Keep)2", "seed")
+        readable = cubin.demangle(name)
+        for long, short in names.items():
+            readable = readable.replace(long, short)
         assert readable not in found, f"two kernels are called {readable}"
         found[readable] = {**usage, "instructions": cubin.instructions(cubin.sass(path, name))}
     return found
@@ -87,7 +73,8 @@ def sources(family: str) -> list[Path]:
 @functools.cache
 def measured(family: str, arch: str) -> dict[str, dict[str, Any]]:
     """:func:`measure` of a family's kernels for one architecture, from the cache where nothing has changed."""
-    digest = hashlib.sha256(f"{nvcc_version()} {FLAGS} {arch}".encode())
+    names = budgets(family)["names"]
+    digest = hashlib.sha256(f"{nvcc_version()} {FLAGS} {arch} {names}".encode())
     for path in (*sources(family), Path(cubin.__file__)):
         digest.update(path.name.encode() + path.read_bytes())
     kept = CACHE / f"{family}.{arch}.{digest.hexdigest()[:24]}.json"
@@ -100,21 +87,21 @@ def measured(family: str, arch: str) -> dict[str, dict[str, Any]]:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder) / "kernels.cubin"
                 compile_cubin(sources(family)[-1], arch, path)
-                kept.write_text(json.dumps(measure(path)))
+                kept.write_text(json.dumps(measure(path, names)))
     return json.loads(kept.read_text())
 
 
-def faults(name: str, got: dict[str, Any], budget: dict[str, int] | None) -> list[str]:
+def faults(name: str, got: dict[str, Any], table: dict[str, Any], budget: dict[str, int] | None) -> list[str]:
     """What is wrong with a kernel's machine code: local memory, missing instructions, figures beyond the budget."""
     wrong = []
     if got["local_bytes"]:
         wrong.append(f"{got['local_bytes']} bytes of local memory: it spills, or indexes an array at run time")
-    for pattern, wanted in MEANT.items():
+    for pattern, wanted in table["meant"].items():
         if re.fullmatch(pattern, name):
             for want in wanted:
                 if not any(re.match(want, instruction) for instruction in got["instructions"]):
                     wrong.append(f"no {want} among its instructions")
-    for pattern, (threads, blocks) in RESIDENT.items():
+    for pattern, (threads, blocks) in table["resident"].items():
         if re.fullmatch(pattern, name):
             # registers are given out to warps in units of 256
             warp = -(-got["registers"] * 32 // 256) * 256
@@ -127,8 +114,18 @@ def faults(name: str, got: dict[str, Any], budget: dict[str, int] | None) -> lis
     return wrong
 
 
-def budgets() -> dict[str, Any]:
-    return json.loads(BUDGETS.read_text()) if BUDGETS.exists() else {"nvcc": "", "kernels": {}}
+def budgets(family: str) -> dict[str, Any]:
+    """``tests/budgets/<family>.cuda.json``, every part of it there."""
+    path = BUDGETS / f"{family}.cuda.json"
+    table = json.loads(path.read_text()) if path.exists() else {}
+    return {"nvcc": "", "names": {}, "meant": {}, "resident": {}, "kernels": {}} | table
+
+
+def write(family: str, table: dict[str, Any]) -> None:
+    rows = ",\n".join(f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in sorted(table["kernels"].items()))
+    head = json.dumps({key: value for key, value in table.items() if key != "kernels"}, indent=1)
+    BUDGETS.mkdir(exist_ok=True)
+    (BUDGETS / f"{family}.cuda.json").write_text(f'{head[:-2]},\n "kernels": {{\n{rows}\n }}\n}}\n')
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
@@ -139,32 +136,33 @@ def budgets() -> dict[str, Any]:
 def test_kernels_keep_their_budgets(family, arch):
     found = measured(family, arch)
     assert found
-    table = budgets()
+    table = budgets(family)
     if UPDATE:
         for name, got in found.items():
             figures = {key: got[key] for key in ("registers", "local_bytes", "shared_bytes")}
             table["kernels"].setdefault(name, {})[f"sm_{arch}"] = figures
-        table = {"nvcc": nvcc_version(), "kernels": dict(sorted(table["kernels"].items()))}
-        BUDGETS.parent.mkdir(exist_ok=True)
-        BUDGETS.write_text(json.dumps(table, indent=1) + "\n")
+        table["nvcc"] = nvcc_version()
+        write(family, table)
     same_compiler = table["nvcc"] == nvcc_version()  # another one allots registers otherwise; the rest holds for all
     problems = []
     for name, got in found.items():
         budget = table["kernels"].get(name, {}).get(f"sm_{arch}")
         if budget is None:
             problems.append(f"{name}: no budget; LOWMEM_UPDATE_BUDGETS=1 writes one")
-        problems += [f"{name}: {fault}" for fault in faults(name, got, budget if same_compiler else None)]
+        problems += [f"{name}: {fault}" for fault in faults(name, got, table, budget if same_compiler else None)]
     assert not problems, f"sm_{arch}:\n" + "\n".join(problems)
 
 
-def test_every_budget_has_its_kernel():
-    present = {name for family in FAMILIES for name in measured(family, ARCHS[0])}
-    assert set(budgets()["kernels"]) == present
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_budget_has_its_kernel(family):
+    table, present = budgets(family), measured(family, ARCHS[0])
+    assert set(table["kernels"]) == set(present)
+    for pattern in (*table["meant"], *table["resident"]):
+        assert any(re.fullmatch(pattern, name) for name in present), f"{pattern} meets no kernel"
 
 
-@pytest.mark.parametrize("pattern", sorted({*MEANT, *RESIDENT}))
-def test_every_expectation_meets_a_kernel(pattern):
-    assert any(re.fullmatch(pattern, name) for family in FAMILIES for name in measured(family, ARCHS[0]))
+def test_every_budget_file_has_its_family():
+    assert {path.name.removesuffix(".cuda.json") for path in BUDGETS.glob("*.cuda.json")} == set(FAMILIES)
 
 
 # ---------------------------------------------------------------------------------------------- what must be caught
@@ -198,33 +196,36 @@ template __global__ void dy_reduce_kernel<float>(const float*, float*);
 """
 
 
+LORA = budgets("lora")
+
+
 def compiled(tmp_path: Path, text: str, *more: str) -> tuple[str, dict[str, Any]]:
     source, out = tmp_path / "broken.cu", tmp_path / "broken.cubin"
     source.write_text(text)
     compile_cubin(source, "90a", out, *more)
-    ((name, got),) = measure(out).items()
+    ((name, got),) = measure(out, {}).items()
     return name, got
 
 
 def test_spills_are_caught(tmp_path):
     name, got = compiled(tmp_path, SPILLING, "-maxrregcount=40")
-    assert any("it spills" in fault for fault in faults(name, got, None)) and got["registers"] <= 40
+    assert any("it spills" in fault for fault in faults(name, got, LORA, None)) and got["registers"] <= 40
     name, got = compiled(tmp_path, SPILLING)
-    assert faults(name, got, None) == []
+    assert faults(name, got, LORA, None) == []
 
 
 def test_an_array_indexed_at_run_time_is_caught(tmp_path):
     name, got = compiled(tmp_path, INDEXED)
-    assert got["local_bytes"] == 256 and any("local memory" in fault for fault in faults(name, got, None))
+    assert got["local_bytes"] == 256 and any("local memory" in fault for fault in faults(name, got, LORA, None))
 
 
 def test_narrow_loads_are_caught(tmp_path):
     name, got = compiled(tmp_path, NARROW)
     assert name == "lm::dy_reduce_kernel<float>"
-    assert faults(name, got, None) == ["no LDG.E.128 among its instructions"]
+    assert faults(name, got, LORA, None) == ["no LDG.E.128 among its instructions"]
 
 
 def test_a_register_more_is_caught(tmp_path):
     name, got = compiled(tmp_path, NARROW)
     tight = {"registers": got["registers"] - 1}
-    assert f"registers: expected at most {tight['registers']}, got {got['registers']}" in faults(name, got, tight)
+    assert f"registers: expected at most {tight['registers']}, got {got['registers']}" in faults(name, got, LORA, tight)

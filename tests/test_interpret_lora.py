@@ -259,7 +259,7 @@ def test_fused_gemms(where, dtype, shape, descriptors):
 def test_descriptor_kernels_serve_aligned_tensors_only(where):
     lora = launch()
     aligned = torch.zeros(4, 16, dtype=torch.float16, device=where)
-    arch = lora.architecture(aligned.device)
+    arch = lora.gpu.architecture(aligned.device)
     if arch not in ("interpreter", "sm_90", "sm_100"):
         pytest.skip(f"{arch} has no tensor descriptors")
     assert lora._descriptors(arch, aligned)
@@ -370,7 +370,7 @@ def test_the_operators_own_launchers(where):
 def test_split_sums_repeat_their_bits(where, monkeypatch):
     lora = launch()
     q = Problem(where, torch.float16, 70, 170, 60, 9)
-    monkeypatch.setattr(lora, "programs", lambda device: 16)  # enough programs that every reduction is split
+    monkeypatch.setattr(lora.gpu, "programs", lambda device: 16)  # enough programs that every reduction is split
     for kernel, length, step, tiles in (("shrink", 170, 32, 5), ("dy", 70, 16, 2), ("da", 70, 16, 6)):
         assert lora._parts(kernel, length, step, tiles, q.x.device, 2)[0] > 1
 

@@ -7,13 +7,10 @@ to the plain-torch references. Which of several ways serves a call is ``lowmem.o
 
 from __future__ import annotations
 
-import contextlib
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -21,62 +18,17 @@ from .. import _dispatch
 from ..ops import lora as family
 from ..ops import lora_rule
 from ..ops.philox import inv_keep, threshold
+from . import device as gpu
 from . import lora_configs as configs
 from . import lora_gemm as gemm
 from . import lora_kernels as kernels
 from . import philox
 
-_FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 _REDUCE_BLOCK = 1024
 _DESCRIPTORS = ("sm_90", "sm_100", "interpreter")
 
 
-# ------------------------------------------------------------------------------------------------------ what is served
-
-
-@functools.cache
-def _device_architecture(index: int) -> str | None:
-    properties = torch.cuda.get_device_properties(index)
-    hip = properties.gcnArchName if torch.version.hip else ""
-    return configs.architecture(properties.major, properties.minor, hip)
-
-
-@functools.cache
-def _device_programs(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-def architecture(device: torch.device) -> str | None:
-    """The configuration entry that serves ``device``; "interpreter" under ``TRITON_INTERPRET=1``; None: none does."""
-    if not isinstance(kernels.reduce_kernel, triton.JITFunction):
-        return "interpreter"
-    return _device_architecture(device.index or 0) if device.type == "cuda" else None
-
-
-def programs(device: torch.device) -> int:
-    """Multiprocessors of ``device``: how many programs run at once, at least."""
-    return _device_programs(device.index or 0) if device.type == "cuda" else 3
-
-
-def _serves(x: Tensor, *others: Tensor | None) -> str | None:
-    arch = architecture(x.device)
-    floats = all(t is None or t.dtype in _FLOATS for t in (x, *others))
-    # Triton's interpreter gets bf16 products wrong
-    right = arch != "interpreter" or x.dtype is not torch.bfloat16
-    return arch if floats and right and x.numel() else None
-
-
-def _on(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _rows(t: Tensor) -> Tensor:
-    return t if t.stride(1) == 1 or t.shape[1] == 1 else t.contiguous()
-
-
-def _precision(x: Tensor) -> str:
-    # only fp32 products have a choice: TF32 where the user allowed it, else full precision
-    return "tf32" if x.dtype is torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+# ---------------------------------------------------------------------------------------------------- small helpers
 
 
 def _pairs(x: Tensor) -> bool:
@@ -84,31 +36,20 @@ def _pairs(x: Tensor) -> bool:
     return x.dtype.itemsize == 2 and x.shape[1] % 2 == 0 and x.stride(0) % 2 == 0 and x.data_ptr() % 4 == 0
 
 
-def _cdiv(a: int, b: int) -> int:
-    return -(-a // b)
-
-
 def _parts(kernel: str, length: int, step: int, tiles: int, device: torch.device, at_least: int) -> tuple[int, int]:
     """``(parts, chunk)``: how a reduction over ``length`` is split so that all programs of ``tiles`` tiles are resident
     at once and none waits for a second turn; ``chunk`` is a multiple of ``step``, no part shorter than ``at_least``
     steps. It depends on the GPU's model and the sizes alone, so a device repeats its bits."""
-    steps = _cdiv(length, step)
-    wanted = configs.RESIDENT[kernel] * programs(device) // tiles
-    each = _cdiv(steps, max(1, min(wanted, steps // at_least)))
-    return _cdiv(steps, each), each * step
+    steps = gpu.cdiv(length, step)
+    wanted = configs.RESIDENT[kernel] * gpu.programs(device) // tiles
+    each = gpu.cdiv(steps, max(1, min(wanted, steps // at_least)))
+    return gpu.cdiv(steps, each), each * step
 
 
 def _reduce(parts: Tensor, out: Tensor, scale: float) -> None:
     size = out.numel()
-    grid = (_cdiv(size, _REDUCE_BLOCK),)
+    grid = (gpu.cdiv(size, _REDUCE_BLOCK),)
     kernels.reduce_kernel[grid](parts, out, size, parts.shape[0], scale, BLOCK=_REDUCE_BLOCK, num_warps=4)
-
-
-def _small(*tensors: Tensor) -> bool:
-    """Loads cannot be 16 bytes wide: fp32 (slow dots), or columns, rows or an address that 16 does not divide."""
-    return tensors[0].dtype.itemsize == 4 or any(
-        t.shape[1] % 16 or t.stride(0) % 16 or t.data_ptr() % 16 for t in tensors
-    )
 
 
 def _bits(
@@ -119,10 +60,10 @@ def _bits(
         return False, unused, 0
     if mask is None:
         assert seed is not None
-        mask = unused.new_empty(rows, _cdiv(columns, 32), dtype=torch.int32)
+        mask = unused.new_empty(rows, gpu.cdiv(columns, 32), dtype=torch.int32)
         stride = mask.shape[1] * 4
         bm, bb, warps = configs.DRAW_TILE
-        philox.draw_kernel[(_cdiv(rows, bm), _cdiv(stride, bb))](
+        philox.draw_kernel[(gpu.cdiv(rows, bm), gpu.cdiv(stride, bb))](
             mask.view(torch.uint8), seed, rows, columns, stride, threshold(p), child, BM=bm, BB=bb, num_warps=warps
         )
     return True, mask.contiguous().view(torch.uint8), mask.shape[1] * 4
@@ -136,27 +77,27 @@ def shrink(
 ) -> tuple[Tensor, Tensor]:
     """``lowmem::lora_shrink``: S ``[M, r]`` scaled, and the packed keep bits. Long sums over few rows are split over K,
     and the parts added in a fixed order."""
-    arch = _serves(x, a)
+    arch = gpu.serves(x, a)
     if arch is None:
         return family.shrink_reference(x, a, scale, p, seed, child, save_mask)
     (m, k), r = x.shape, a.shape[0]
-    x, a = _rows(x), _rows(a)
+    x, a = gpu.rows(x), gpu.rows(a)
     name = "shrink" if p > 0 else "shrink_plain"
-    small = _small(x)
+    small = gpu.small(x)
     br = configs.rank_block(name, arch, r, small)
     bm, bk, _, warps, stages = configs.tile(name, arch, br, small)
-    tiles = _cdiv(m, bm), _cdiv(r, br)
+    tiles = gpu.cdiv(m, bm), gpu.cdiv(r, br)
     parts, chunk = _parts(name, k, bk, tiles[0] * tiles[1], x.device, 2 if arch == "interpreter" else 8)
     s = x.new_empty(m, r)
     out = s if parts == 1 else x.new_empty(parts, m, r, dtype=torch.float32)
     save = save_mask and p > 0
-    bits = x.new_empty((m, _cdiv(k, 32)) if save else (0,), dtype=torch.int32)
+    bits = x.new_empty((m, gpu.cdiv(k, 32)) if save else (0,), dtype=torch.int32)
     full = scale * inv_keep(p) if p > 0 else scale
-    with _on(x.device):
+    with gpu.on(x.device):
         kernels.shrink_kernel[(tiles[0], parts, tiles[1])](
             x, a, out, bits.view(torch.uint8) if save else x, seed if p > 0 else x, m, k, r, x.stride(0), a.stride(0),
-            _cdiv(k, 32) * 4, chunk, full if parts == 1 else 1.0, threshold(p), child,
-            DROP=p > 0, SAVE=save, PAIRS=_pairs(x), EVEN=k % bk == 0, PRECISION=_precision(x), BM=bm, BK=bk, BR=br,
+            gpu.cdiv(k, 32) * 4, chunk, full if parts == 1 else 1.0, threshold(p), child,
+            DROP=p > 0, SAVE=save, PAIRS=_pairs(x), EVEN=k % bk == 0, PRECISION=gpu.precision(x), BM=bm, BK=bk, BR=br,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if parts > 1:
@@ -169,7 +110,7 @@ def shrink(
 
 def dy(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """``lowmem::lora_dy``: dS ``[M, r]`` and dB ``[N, r]``, from one read of dy where the rule says so."""
-    arch = _serves(dy, b, s)
+    arch = gpu.serves(dy, b, s)
     way = "torch"
     if arch is not None:
         way = lora_rule.dy_way(_name(dy.device), b.shape[1], dy.dtype, _dispatch.CUDA.loaded and dy.is_cuda)
@@ -182,23 +123,23 @@ def dy(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
 
 def dy_fused(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """The Triton kernel of the dY pass: reads dy once per 64 ranks; repeatable bit for bit."""
-    arch = architecture(dy.device)
+    arch = gpu.architecture(dy.device)
     assert arch is not None
     (m, n), r = dy.shape, b.shape[1]
-    dy, b, s = _rows(dy), _rows(b), _rows(s)
-    small = _small(dy)
+    dy, b, s = gpu.rows(dy), gpu.rows(b), gpu.rows(s)
+    small = gpu.small(dy)
     br = configs.rank_block("dy", arch, r, small)
     bm, bn, _, warps, stages = configs.tile("dy", arch, br, small)
-    strips, rank_tiles = _cdiv(n, bn), _cdiv(r, br)
+    strips, rank_tiles = gpu.cdiv(n, bn), gpu.cdiv(r, br)
     parts, chunk = _parts("dy", m, bm, strips * rank_tiles, dy.device, 2)
     ds, db = dy.new_empty(m, r), dy.new_empty(n, r, dtype=torch.float32)
     ds_out = ds if strips == 1 else dy.new_empty(strips, m, r, dtype=torch.float32)
     db_out = db if parts == 1 else dy.new_empty(parts, n, r, dtype=torch.float32)
-    with _on(dy.device):
+    with gpu.on(dy.device):
         kernels.dy_kernel[(strips, parts, rank_tiles)](
             dy, b, s, ds_out, db_out, m, n, r, dy.stride(0), b.stride(0), s.stride(0), chunk,
             scale if strips == 1 else 1.0,
-            EVEN=n % bn == 0, PRECISION=_precision(dy), BM=bm, BN=bn, BR=br, num_warps=warps, num_stages=stages,
+            EVEN=n % bn == 0, PRECISION=gpu.precision(dy), BM=bm, BN=bn, BR=br, num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if strips > 1:
             _reduce(ds_out, ds, scale)
@@ -212,25 +153,25 @@ def dy_fused(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Te
 
 def da(ds: Tensor, x: Tensor, mask: Tensor | None, p: float, seed: Tensor | None, child: int) -> Tensor:
     """``lowmem::lora_da``: dA ``[r, K]`` from the raw x and the mask's bits or seed; repeatable bit for bit."""
-    arch = _serves(x, ds)
+    arch = gpu.serves(x, ds)
     if arch is None:
         return family.da_reference(ds, x, mask, p, seed, child)
     (m, k), r = x.shape, ds.shape[1]
-    x, ds = _rows(x), _rows(ds)
-    small = _small(x)
+    x, ds = gpu.rows(x), gpu.rows(ds)
+    small = gpu.small(x)
     br = configs.rank_block("da", arch, r, small)
     bm, bk, _, warps, stages = configs.tile("da", arch, br, small)
-    tiles = _cdiv(k, bk), _cdiv(r, br)
+    tiles = gpu.cdiv(k, bk), gpu.cdiv(r, br)
     parts, chunk = _parts("da", m, bm, tiles[0] * tiles[1], x.device, 2)
     out = x.new_empty(r, k, dtype=torch.float32)
     partial = out if parts == 1 else x.new_empty(parts, r, k, dtype=torch.float32)
     full = inv_keep(p) if p > 0 else 1.0
-    with _on(x.device):
+    with gpu.on(x.device):
         drop, mask_bytes, stride_mask = _bits(m, k, mask, p, seed, child, x)
         kernels.da_kernel[(tiles[0], parts, tiles[1])](
             ds, x, mask_bytes, partial, m, k, r, ds.stride(0), x.stride(0), stride_mask, chunk,
             full if parts == 1 else 1.0,
-            DROP=drop, PAIRS=_pairs(x), EVEN=k % bk == 0, PRECISION=_precision(x), BM=bm, BK=bk, BR=br,
+            DROP=drop, PAIRS=_pairs(x), EVEN=k % bk == 0, PRECISION=gpu.precision(x), BM=bm, BK=bk, BR=br,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
         if parts > 1:
@@ -245,7 +186,7 @@ def masked_expand_(
     out: Tensor, ds: Tensor, a: Tensor, mask: Tensor | None, p: float, seed: Tensor | None, child: int, accumulate: bool
 ) -> None:
     """``lowmem::lora_masked_expand_``, in place on ``out`` ``[M, K]``."""
-    arch = _serves(out, ds, a)
+    arch = gpu.serves(out, ds, a)
     cuda = _dispatch.CUDA.loaded and out.is_cuda  # the interpreter's tensors lie on the CPU
     way = "torch" if arch is None else lora_rule.masked_expand_way(_name(out.device), cuda)
     if way == "torch":
@@ -260,7 +201,7 @@ def masked_expand_fused(
     out: Tensor, ds: Tensor, a: Tensor, mask: Tensor | None, p: float, seed: Tensor | None, child: int, accumulate: bool
 ) -> None:
     """The Triton kernel of the masked expand."""
-    arch = architecture(out.device)
+    arch = gpu.architecture(out.device)
     assert arch is not None
     if out.stride(1) != 1 and out.shape[1] != 1:
         copy = out.contiguous()
@@ -268,16 +209,16 @@ def masked_expand_fused(
         out.copy_(copy)
         return
     (m, k), r = out.shape, ds.shape[1]
-    ds, a = _rows(ds), _rows(a)
-    small = _small(out)
+    ds, a = gpu.rows(ds), gpu.rows(a)
+    small = gpu.small(out)
     br = configs.rank_block("masked_expand", arch, r, small)
     bm, bk, _, warps, stages = configs.tile("masked_expand", arch, br, small)
-    with _on(out.device):
+    with gpu.on(out.device):
         drop, mask_bytes, stride_mask = _bits(m, k, mask, p, seed, child, out)
-        kernels.masked_expand_kernel[(_cdiv(m, bm), _cdiv(k, bk))](
+        kernels.masked_expand_kernel[(gpu.cdiv(m, bm), gpu.cdiv(k, bk))](
             out, ds, a, mask_bytes, m, k, r, out.stride(0), ds.stride(0), a.stride(0), stride_mask,
             inv_keep(p) if p > 0 else 1.0,
-            DROP=drop, ACCUMULATE=accumulate, EVEN=k % bk == 0, PRECISION=_precision(out), BM=bm, BK=bk, BR=br,
+            DROP=drop, ACCUMULATE=accumulate, EVEN=k % bk == 0, PRECISION=gpu.precision(out), BM=bm, BK=bk, BR=br,
             num_warps=warps, num_stages=stages,
         )  # fmt: skip
 
@@ -302,11 +243,11 @@ def _gemm(
     name: str, arch: str, x: Tensor, w: Tensor, rank: int, by_descriptor: bool
 ) -> tuple[dict[str, Any], dict[str, Any], bool]:
     """Constants and launch options of a fused GEMM, and whether its descriptor kernel flattens its loops."""
-    small = not by_descriptor and _small(x, w)
+    small = not by_descriptor and gpu.small(x, w)
     br = configs.rank_block(name, arch, rank, small)
     bm, bn, bk, warps, stages = configs.tile(name, arch, br, small)
-    constants = dict(BM=bm, BN=bn, BK=bk, BR=br, RANK_TILES=_cdiv(rank, br), GROUP=configs.GROUP_ROWS)
-    constants |= dict(PRECISION=_precision(x))
+    constants = dict(BM=bm, BN=bn, BK=bk, BR=br, RANK_TILES=gpu.cdiv(rank, br), GROUP=configs.GROUP_ROWS)
+    constants |= dict(PRECISION=gpu.precision(x))
     return constants, dict(num_warps=warps, num_stages=stages), configs.flatten(arch, br, constants["RANK_TILES"])
 
 
@@ -314,21 +255,21 @@ def expand_fused(
     x: Tensor, w: Tensor, s: Tensor, b: Tensor, bias: Tensor | None, *, descriptors: bool = True
 ) -> Tensor:
     """``y = x w^T + s b^T + bias`` in one Triton GEMM; by tensor descriptors where they can be and ``descriptors``."""
-    arch = architecture(x.device)
+    arch = gpu.architecture(x.device)
     assert arch is not None
     (m, k), n, r = x.shape, w.shape[0], s.shape[1]
-    x, w, s, b = _rows(x), _rows(w), _rows(s), _rows(b)
+    x, w, s, b = gpu.rows(x), gpu.rows(w), gpu.rows(s), gpu.rows(b)
     bias = bias if bias is None else bias.contiguous()
     y = x.new_empty(m, n)
     by_descriptor = descriptors and _descriptors(arch, x, w, y)
     constants, options, flatten = _gemm("expand", arch, x, w, r, by_descriptor)
     bm, bn, bk = constants["BM"], constants["BN"], constants["BK"]
-    tiles = _cdiv(m, bm) * _cdiv(n, bn)
+    tiles = gpu.cdiv(m, bm) * gpu.cdiv(n, bn)
     constants["BIAS"] = bias is not None
     rest = s, b, y if bias is None else bias
-    with _on(x.device):
+    with gpu.on(x.device):
         if by_descriptor:
-            count = min(tiles, programs(x.device))
+            count = min(tiles, gpu.programs(x.device))
             gemm.expand_descriptor_kernel[(count,)](
                 TensorDescriptor(x, [m, k], [x.stride(0), 1], [bm, bk]),
                 TensorDescriptor(w, [n, k], [w.stride(0), 1], [bn, bk]),
@@ -357,20 +298,20 @@ def dx_fused(
     descriptors: bool = True,
 ) -> Tensor:
     """``dx = dy w + mask * (ds a) / (1 - p)`` in one Triton GEMM."""
-    arch = architecture(dy.device)
+    arch = gpu.architecture(dy.device)
     assert arch is not None
     (m, n), k, r = dy.shape, w.shape[1], ds.shape[1]
-    dy, w, ds, a = _rows(dy), _rows(w), _rows(ds), _rows(a)
+    dy, w, ds, a = gpu.rows(dy), gpu.rows(w), gpu.rows(ds), gpu.rows(a)
     dx = dy.new_empty(m, k)
     by_descriptor = descriptors and _descriptors(arch, dy, w, dx)
     constants, options, flatten = _gemm("dx", arch, dy, w, r, by_descriptor)
     bm, bn, bk = constants["BM"], constants["BN"], constants["BK"]
-    tiles = _cdiv(m, bm) * _cdiv(k, bn)
+    tiles = gpu.cdiv(m, bm) * gpu.cdiv(k, bn)
     scale = inv_keep(p) if p > 0 else 1.0
-    with _on(dy.device):
+    with gpu.on(dy.device):
         constants["DROP"], mask_bytes, stride_mask = _bits(m, k, mask, p, seed, child, dx)
         if by_descriptor:
-            count = min(tiles, programs(dy.device))
+            count = min(tiles, gpu.programs(dy.device))
             gemm.dx_descriptor_kernel[(count,)](
                 TensorDescriptor(dy, [m, n], [dy.stride(0), 1], [bm, bk]),
                 TensorDescriptor(w, [n, k], [w.stride(0), 1], [bk, bn]),
@@ -408,8 +349,8 @@ def _dx_composed(
 def _fuses(
     kind: str, x: Tensor, w: Tensor | None, rank: int, shape: tuple[int, int, int], fused: Callable[[], Any]
 ) -> bool:
-    arch = _serves(x)
-    if w is None or w.numel() == 0 or arch is None or (_small(x, w) and not _descriptors(arch, x, w)):
+    arch = gpu.serves(x)
+    if w is None or w.numel() == 0 or arch is None or (gpu.small(x, w) and not _descriptors(arch, x, w)):
         return False
 
     def measure() -> lora_rule.Rates:

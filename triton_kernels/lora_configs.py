@@ -6,11 +6,7 @@ Nothing is tuned at run time. Registers, spills and shared memory of every entry
 
 from __future__ import annotations
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
-"""Architectures with entries. sm_86 stands for every GPU with 99 KB of shared memory (8.6, 8.9, 12.x)."""
-
-SHARED_LIMIT = {"sm_80": 166912, "sm_86": 101376, "sm_90": 232448, "sm_100": 232448, "gfx942": 65536}
-"""Bytes of shared memory that one block may take."""
+from .device import ARCHITECTURES
 
 # name: (BM, BN or BK of the tile's columns, depth of the reduction or 0, warps, stages)
 Tile = tuple[int, int, int, int, int]
@@ -48,10 +44,7 @@ TILES: dict[str, dict[str, dict[int, Tile]]] = {
         "sm_100": {16: (64, 128, 0, 4, 1), 64: (64, 128, 0, 4, 1)},
         "gfx942": {16: (64, 64, 0, 4, 1), 64: (64, 64, 0, 4, 1)},
     },
-    "masked_expand": {
-        arch: {16: (64, 128, 0, 4, 1), 64: (64, 128, 0, 8, 1)}
-        for arch in ("sm_80", "sm_86", "sm_90", "sm_100", "gfx942")
-    },
+    "masked_expand": {arch: {16: (64, 128, 0, 4, 1), 64: (64, 128, 0, 8, 1)} for arch in ARCHITECTURES},
     "expand": {
         "sm_80": {64: (128, 128, 64, 8, 3)},
         "sm_86": {64: (128, 128, 32, 8, 3)},
@@ -92,15 +85,6 @@ INTERPRETER_RANK_BLOCK = 64
 
 GROUP_ROWS = 8
 """Row tiles of a GEMM that run next to each other, so that they meet their columns in L2."""
-
-
-def architecture(major: int, minor: int, hip: str = "") -> str | None:
-    """The entry that serves a GPU: CUDA capability ``major.minor``, or AMD's ``gfx...`` name; None: no entry."""
-    if hip:
-        return "gfx942" if hip.split(":")[0] in ("gfx90a", "gfx942", "gfx950") else None
-    if major >= 12 or (major == 8 and minor in (6, 7, 9)):
-        return "sm_86"
-    return {8: "sm_80", 9: "sm_90", 10: "sm_100"}.get(major)
 
 
 def rank_block(kernel: str, arch: str, rank: int, small: bool) -> int:

@@ -44,7 +44,7 @@ void run(const std::string& name, Argument& in, Argument& out) {
 
 }  // namespace
 
-void bind_broken(py::module_& m) {
+LM_BIND(m) {
   m.def("broken", [](const std::string& name, bool sound, const py::tuple& in_from, const py::tuple& out_from) {
     Argument in("in", in_from, false), out("out", out_from, true);
     sound ? run<true>(name, in, out) : run<false>(name, in, out);

@@ -72,7 +72,7 @@ __global__ void one_mma(const __nv_bfloat16* a, const __nv_bfloat16* b, float* c
 
 }  // namespace
 
-void bind_features(py::module_& m) {
+LM_BIND(m) {
   m.def("block_sums", [](const py::tuple& in_from, const py::tuple& out_from, int threads) {
     Argument in("in", in_from, false), out("out", out_from, true);
     lm::launch(block_sums, dim3(static_cast<unsigned>(out.cols())), dim3(threads), 0, nullptr,

@@ -78,7 +78,7 @@ py::tuple dy(const py::tuple& dy_from, const py::tuple& b_from, const py::tuple&
 
 }  // namespace
 
-void bind_lora(py::module_& m) {
+LM_BIND(m) {
   m.def("masked_expand", &masked_expand);
   m.def("dy", &dy);
   m.def("dy_plan", [](const std::string& dtype, int64_t rows, int64_t cols, int64_t r) {

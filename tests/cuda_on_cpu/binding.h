@@ -61,6 +61,11 @@ class Argument {
 
 }  // namespace emu
 
-void bind_lora(pybind11::module_& m);
-void bind_features(pybind11::module_& m);
-void bind_broken(pybind11::module_& m);
+// `LM_BIND(m) { m.def(...); }` in bind_<family>.cpp adds to the module; module.cpp knows no family by name.
+struct Binder {
+  explicit Binder(void (*bind)(pybind11::module_&));
+};
+#define LM_BIND(m)                         \
+  static void lm_bind(pybind11::module_&); \
+  static const Binder lm_binder(&lm_bind); \
+  static void lm_bind(pybind11::module_& m)

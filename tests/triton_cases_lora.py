@@ -1,79 +1,28 @@
-"""What `test_compile_targets.py` compiles: each Triton kernel with the configurations its launcher would give it."""
+"""The `lora` kernels to compile: each with the configurations its launcher would give it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any
 
-from triton.backends.compiler import GPUTarget
+from triton_case import TARGETS, Case
 
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_86": GPUTarget("cuda", 86, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-
-_POINTERS = {
-    "seed_ptr": "*i64",
-    "bits_ptr": "*u8",
-    "mask_ptr": "*u8",
-    "db_ptr": "*fp32",
-}
-_FLOATS = ("scale",)
+_TYPES = {"seed_ptr": "*i64", "bits_ptr": "*u8", "mask_ptr": "*u8", "db_ptr": "*fp32", "scale": "fp32"}
 
 
-@dataclass(frozen=True)
-class Case:
-    """One compilation. ``aligned``: sizes and strides are multiples of 16, as Triton's specialisation would find."""
-
-    name: str
-    arch: str
-    kernel: Any
-    dtype: str
-    constants: dict[str, Any]
-    warps: int
-    stages: int
-    aligned: bool = True
-    types: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def target(self) -> GPUTarget:
-        return TARGETS[self.arch]
-
-    @property
-    def id(self) -> str:
-        return f"{self.arch}-{self.name}"
-
-    def signature(self) -> tuple[dict[str, str], dict[tuple[int], list[list[Any]]]]:
-        """Types by argument name, and the divisibility by 16 of pointers and (where aligned) of integers."""
-        types: dict[str, str] = {}
-        divisible: dict[tuple[int], list[list[Any]]] = {}
-        for i, name in enumerate(self.kernel.arg_names):
-            if name in self.constants:
-                types[name] = "constexpr"
-                continue
-            if name in self.types:
-                types[name] = self.types[name]
-            elif name.endswith("_ptr"):
-                types[name] = _POINTERS.get(name, f"*{self.dtype}")
-            else:
-                types[name] = "fp32" if name in _FLOATS else "i32"
-            number = types[name] == "i32" and self.aligned and name not in ("threshold", "child", "parts")
-            if types[name].startswith("*") or number:
-                divisible[(i,)] = [["tt.divisibility", 16]]
-        return types, divisible
-
-    def source(self) -> Any:
-        """The ``ASTSource`` to hand to ``triton.compile``."""
-        from triton.compiler import ASTSource
-
-        types, divisible = self.signature()
-        return ASTSource(self.kernel, types, constexprs=dict(self.constants), attrs=divisible)
-
-    def options(self) -> dict[str, Any]:
-        return {"num_warps": self.warps, "num_stages": self.stages}
+def _case(
+    name: str,
+    arch: str,
+    kernel: Any,
+    dtype: str,
+    constants: dict[str, Any],
+    launch: tuple[int, int],
+    aligned: bool = True,
+    types: dict[str, str] | None = None,
+    **rules: Any,
+) -> Case:
+    all_types = _TYPES | (types or {})
+    rules["indivisible"] = ("threshold", "child", "parts")
+    return Case(name, arch, kernel, dtype, constants, *launch, aligned, all_types, **rules)
 
 
 def _memory_bound(arch: str, dtype: str) -> list[Case]:
@@ -90,7 +39,7 @@ def _memory_bound(arch: str, dtype: str) -> list[Case]:
         full = {**base, **constants, "EVEN": aligned, "BM": bm, columns: bn, "BR": block}
         types = {"out_ptr": "*fp32"} if kernel is k.da_kernel else {}
         name = f"{family}-{label}-{dtype}-r{block}{'' if aligned else '-odd'}"
-        made.append(Case(name, arch, kernel, dtype, full, warps, stages, aligned, types))
+        made.append(_case(name, arch, kernel, dtype, full, (warps, stages), aligned, types))
 
     def blocks(family: str) -> list[tuple[int, bool]]:
         """Rank blocks, and whether sizes are multiples of 16."""
@@ -118,10 +67,11 @@ def _memory_bound(arch: str, dtype: str) -> list[Case]:
                     DROP=drop, ACCUMULATE=onto,
                 )  # fmt: skip
     types = {"parts_ptr": "*fp32"}
-    made.append(Case(f"reduce-{dtype}", arch, k.reduce_kernel, dtype, {"BLOCK": 1024}, 4, 3, True, types))
+    plain = {"products": "none", "wide": False}
+    made.append(_case(f"reduce-{dtype}", arch, k.reduce_kernel, dtype, {"BLOCK": 1024}, (4, 3), True, types, **plain))
     if dtype == "bf16":
         bm, bb, warps = configs.DRAW_TILE
-        made.append(Case("draw", arch, philox.draw_kernel, dtype, {"BM": bm, "BB": bb}, warps, 3))
+        made.append(_case("draw", arch, philox.draw_kernel, dtype, {"BM": bm, "BB": bb}, (warps, 3), **plain))
     return made
 
 
@@ -141,9 +91,9 @@ def _gemms(arch: str, dtype: str) -> list[Case]:
                     kernel = g.expand_kernel if family == "expand" else g.dx_kernel
                     label = f"{flag.lower() if on else 'none'}-{dtype}-r{rank}"
                     odd = "-odd" if small else ""
-                    made.append(
-                        Case(f"{family}-{label}{odd}", arch, kernel, dtype, constants, warps, stages, not small)
-                    )
+                    name, products = f"{family}-{label}{odd}", "any" if small else "gemm"
+                    launch = (warps, stages)
+                    made.append(_case(name, arch, kernel, dtype, constants, launch, not small, products=products))
                     if small or arch not in ("sm_90", "sm_100"):
                         continue
                     constants = {**constants, "PROGRAMS": 132}
@@ -156,7 +106,8 @@ def _gemms(arch: str, dtype: str) -> list[Case]:
                         boxes = {"dy_desc": (bm, bk), "w_desc": (bk, bn), "dx_desc": (bm, bn)}
                     types = {name: f"tensordesc<{dtype}[{a}, {b}]>" for name, (a, b) in boxes.items()}
                     name = f"{family}_descriptor-{label}"
-                    made.append(Case(name, arch, kernel, dtype, constants, warps, stages, True, types))
+                    rules = {"products": "gemm", "descriptors": True}
+                    made.append(_case(name, arch, kernel, dtype, constants, launch, True, types, **rules))
     return made
 
 
