@@ -2,5 +2,6 @@
 
 from .lora import Adapted, lora_group, lora_linear
 from .lora_multi import multi_lora_linear
+from .quant import qmatmul, qscale_grad
 
-__all__ = ["Adapted", "lora_group", "lora_linear", "multi_lora_linear"]
+__all__ = ["Adapted", "lora_group", "lora_linear", "multi_lora_linear", "qmatmul", "qscale_grad"]
