@@ -5,15 +5,16 @@
 Parts, in order: ``load`` (versions, devices, which libraries load and why others do not; builds what is missing),
 ``smoke`` (every operator against its float64 reference), ``tests`` (``pytest -m gpu``), ``sanitizer``
 (compute-sanitizer's memcheck and racecheck over every operator), ``ceilings`` (copy bandwidth and GEMM rate) and
-``bench`` (bench/bench_lora.py). Each part is a process of its own: it may crash, hang or lose the device, and the next
-one still runs. A part gets its share of the time that is left, so what one does not need goes to the others.
+``bench`` (the families' benchmarks). `gpu_parts.py` holds them. Each is a process of its own: it may crash, hang or
+lose the device, and the next one still runs. A part gets its share of the time that is left, so what one does not need
+goes to the others.
 
 Written to ``--out``, flat and few (results come back from some machines by the file):
 
 * ``results.jsonl``: one JSON object a result, appended as it comes
 * ``summary.txt``: the table, rewritten after every part, and printed at the end
 * ``log.txt``: what the parts printed (shortened in the middle where it is long)
-* ``bench.csv``, ``bench-layer-*.png``: the benchmark's rows and its roofline, where it ran
+* ``bench.csv``, ``bench-*.png``: the benchmark's rows and its roofline, where it ran
 
 ``--device cpu`` runs the same thing without a GPU, so that this file itself is tested. Exit status: 0 where nothing
 failed, 1 otherwise; a part that was skipped, with its reason, is no failure.
@@ -22,354 +23,22 @@ failed, 1 otherwise; a part that was skipped, with its reason, is no failure.
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
-import json
 import os
-import platform
-import re
-import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "bench")]
+
+import gpu_parts  # noqa: E402
+from gpu_parts import LOST, Sink, results, short  # noqa: E402
 
 # part: its weight in sharing out the time
 PARTS = {"load": 3, "smoke": 2, "tests": 5, "sanitizer": 3, "ceilings": 1, "bench": 5}
 LOG_BYTES = 1 << 20  # of each part in log.txt
-LOST = 3  # exit status of a part that lost the device
-
-
-class Sink:
-    """Appends results to ``results.jsonl``, each line whole and on disk before the next thing is tried."""
-
-    def __init__(self, out: Path, part: str) -> None:
-        self.path, self.part = out / "results.jsonl", part
-
-    def __call__(self, name: str, status: str, **fields: Any) -> None:
-        line = json.dumps({"part": self.part, "name": name, "status": status, **fields}, default=str)
-        with open(self.path, "a") as file:
-            file.write(line + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        print(line[:400], flush=True)
-
-
-def results(out: Path) -> list[dict[str, Any]]:
-    """All results written so far; a line cut short by a crash is left out."""
-    found = []
-    for line in (out / "results.jsonl").read_text().splitlines() if (out / "results.jsonl").exists() else []:
-        try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return found
-
-
-def short(error: BaseException | str, length: int = 600) -> str:
-    """An error's text, shortened in the middle."""
-    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
-    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
-
-
-def lost_device(error: BaseException) -> bool:
-    """Whether the CUDA context is gone: nothing after it in this process can work."""
-    text = str(error)
-    return "CUDA error" in text or "illegal memory access" in text or "unspecified launch failure" in text
-
-
-# -------------------------------------------------------------------------------------------------------------- parts
-
-
-def part_load(sink: Sink, args: argparse.Namespace) -> None:
-    """Versions, the device, the libraries; a build where they are missing and a compiler is there."""
-    import torch
-
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sink("device", "failed", error=f"torch {torch.__version__} sees no CUDA device")
-        raise SystemExit(1)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    found: dict[str, Any] = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "cuda": torch.version.cuda,
-    }
-    for package in ("triton", "numpy", "transformers", "peft"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    found["commit"] = commit.stdout.strip() or "unknown"
-    found["nvcc"] = shutil.which("nvcc") or next((p for p in ["/usr/local/cuda/bin/nvcc"] if os.path.exists(p)), "none")
-    if args.device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        found |= {"device": properties.name, "sm": f"{properties.major}.{properties.minor}"}
-        found |= {
-            "memory_GiB": round(properties.total_memory / 2**30, 1),
-            "multiprocessors": properties.multi_processor_count,
-        }
-    else:
-        found |= {"device": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
-    sink("versions", "ok", **found)
-
-    missing = libraries(sink, "before")
-    if missing and args.build:
-        start = time.time()
-        done = subprocess.run(
-            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        print(done.stdout, flush=True)
-        ok = done.returncode == 0
-        sink(
-            "build",
-            "ok" if ok else "failed",
-            seconds=round(time.time() - start, 1),
-            error="" if ok else short(done.stdout),
-        )
-        missing = libraries(sink, "after")
-
-
-def libraries(sink: Sink, when: str) -> list[str]:
-    """Which operator libraries load, in a fresh process; returns the names of those that do not and could."""
-    code = (
-        "import json; from lowmem import _dispatch as d;"
-        "libraries = [[x.name, str(x.path), x.why_not] for x in (d.CPU, d.CUDA)];"
-        "print('@' + json.dumps([*libraries, d.table(), d.TRITON_WHY_NOT]))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    line = next((line for line in done.stdout.splitlines() if line.startswith("@")), None)
-    if line is None:
-        sink(f"import lowmem ({when})", "failed", error=short(done.stderr))
-        raise SystemExit(1)
-    cpu, cuda, table, triton = json.loads(line[1:])
-    missing = []
-    for name, path, why in (cpu, cuda):
-        sink(f"{name} ({when})", "ok" if not why else "skipped", path=path, why_not=why)
-        if why and "is a CPU build" not in why and "LOWMEM_BACKEND" not in why:
-            missing.append(name)
-    for operator, device, backend, why in table:
-        sink(f"{operator} on {device} ({when})", "ok", backend=backend, why_not=why)
-    sink(f"triton ({when})", "ok" if not triton else "skipped", why_not=triton)
-    return missing
-
-
-def smoke_cases(args: argparse.Namespace) -> list[Any]:
-    """Small odd cases first, then one of real size."""
-    from lora_cases import Case
-
-    odd = Case(m=33, k=100, n=65, r=7, device=args.device)
-    cases = [odd.but(precision=precision) for precision in ("fp32", "bf16", "bf16+fp32", "fp16", "fp64")]
-    cases += [
-        odd.but(precision="bf16", **change) for change in ({"p": 0.0}, {"bits": False}, {"layout": "padded"}, {"r": 64})
-    ]
-    size = {"m": 2048, "k": 4096, "n": 4096} if args.device == "cuda" else {"m": 64, "k": 256, "n": 192}
-    cases += [Case(**size, r=16, precision=p, device=args.device) for p in ("bf16", "bf16+fp32")]
-    return cases
-
-
-def part_smoke(sink: Sink, args: argparse.Namespace) -> None:
-    """Every operator, and the whole linear with its gradients, against the float64 reference on the device."""
-    import torch
-    from lora_cases import OPERATORS, check_case, check_linear
-
-    from lowmem.testing import poison_empties
-
-    failed = 0
-    for case in smoke_cases(args):
-        for name in (*OPERATORS, "lora_linear"):
-            label = f"{name} {case.precision} M{case.m} K{case.k} N{case.n} r{case.r} p{case.p:g} {case.layout}"
-            label += " bits" if case.bits else " seed"
-            if label in args.skip:
-                continue
-            start = time.time()
-            try:
-                with poison_empties():
-                    check_linear(case) if name == "lora_linear" else check_case(name, case)
-                if args.device == "cuda":
-                    torch.cuda.synchronize()
-                sink(label, "ok", seconds=round(time.time() - start, 2))
-            except Exception as error:
-                failed += 1
-                sink(label, "failed", error=short(error))
-                if lost_device(error):
-                    raise SystemExit(LOST) from None
-    raise SystemExit(1 if failed else 0)
-
-
-class Recorder:
-    """A pytest plugin: failures as they come, and counts often enough that a killed run leaves them."""
-
-    def __init__(self, sink: Sink) -> None:
-        self.sink, self.counts, self.last = sink, dict.fromkeys(("passed", "failed", "skipped"), 0), time.time()
-
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.when == "call" or report.failed or (report.skipped and report.when == "setup"):
-            self.counts[report.outcome] += 1
-            if report.failed:
-                self.sink(report.nodeid, "failed", error=short(report.longreprtext))
-        if time.time() - self.last > 20:
-            self.last = time.time()
-            self.sink("progress", "ok", **self.counts)
-
-    def pytest_sessionfinish(self, session: Any, exitstatus: int) -> None:
-        if not hasattr(session.config, "workerinput"):
-            self.sink("counts", "ok", exitstatus=int(exitstatus), **self.counts)
-
-
-def part_tests(sink: Sink, args: argparse.Namespace) -> None:
-    """``pytest -m gpu``; on the CPU, the tests that need none."""
-    import pytest
-
-    command = ["-q", "--tb=short", "-p", "no:cacheprovider", "--maxfail=40", f"--rootdir={ROOT}"]
-    command += ["-m", "gpu" if args.device == "cuda" else "not gpu and not slow and not interpret"]
-    if args.device == "cuda":
-        try:
-            import xdist  # noqa: F401
-
-            command += ["-n", "4"]
-        except ImportError:
-            pass
-    os.chdir(ROOT)
-    raise SystemExit(pytest.main([*command, *(args.tests or [str(ROOT / "tests")])], plugins=[Recorder(sink)]))
-
-
-def part_case(sink: Sink, args: argparse.Namespace) -> None:
-    """What runs under the sanitizer: every operator once in each way, small and odd."""
-    import torch
-    from lora_cases import OPERATORS, Case, arguments, served
-
-    for case in (
-        Case(m=33, k=100, n=65, r=7, precision="bf16", device=args.device),
-        Case(m=33, k=100, n=65, r=7, precision="fp32", bits=False, layout="padded", device=args.device),
-        Case(m=130, k=264, n=136, r=16, precision="bf16+fp32", device=args.device),
-    ):
-        for name in OPERATORS:
-            served(name)(*arguments(name, case))
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            print(name, case.precision, "ran", flush=True)
-
-
-def part_sanitizer(sink: Sink, args: argparse.Namespace) -> None:
-    """compute-sanitizer's memcheck, then racecheck, over ``part_case``."""
-    case = [sys.executable, __file__, "--part", "case", "--device", args.device, "--out", str(args.out)]
-    tool = shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
-    if args.device != "cuda" or not os.path.exists(tool):
-        reason = "no CUDA device" if args.device != "cuda" else "compute-sanitizer is not installed"
-        plain = subprocess.run(case, capture_output=True, text=True)
-        print(plain.stdout, plain.stderr)
-        sink("case without the sanitizer", "ok" if plain.returncode == 0 else "failed", error=short(plain.stderr))
-        sink("sanitizer", "skipped", why_not=reason)
-        raise SystemExit(1 if plain.returncode else 0)
-    failed = 0
-    deadline = time.time() + args.seconds
-    # caching allocator off: its pools hide a read past the end of a tensor
-    env = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    for check in ("memcheck", "racecheck"):
-        start = time.time()
-        # the compiled kernels are cached by then; each tool gets half of what is left, at least
-        limit = (deadline - start) / (2 if check == "memcheck" else 1) - 2
-        command = [tool, "--tool", check, "--error-exitcode", "9", "--print-limit", "20", *case]
-        try:
-            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=max(limit, 1))
-        except subprocess.TimeoutExpired:
-            sink(check, "timeout", seconds=round(time.time() - start, 1))
-            continue
-        print(done.stdout[-200_000:], done.stderr[-20_000:], flush=True)
-        line = next((x for x in done.stdout.splitlines() if "SUMMARY" in x), "no summary")
-        ok = done.returncode == 0 and re.search(r"\b0 (errors|hazards)", line)
-        failed += not ok
-        first = "" if ok else short("\n".join(x for x in done.stdout.splitlines() if x.startswith("========="))[:2000])
-        sink(
-            check,
-            "ok" if ok else "failed",
-            seconds=round(time.time() - start, 1),
-            summary=line.strip("= "),
-            error=first,
-        )
-    raise SystemExit(1 if failed else 0)
-
-
-def seconds_of(fn: Callable[[], Any], device: str, repeats: int) -> float:
-    """Median seconds of ``fn`` after two warm-ups, by device events on a GPU."""
-    import torch
-
-    times = []
-    for i in range(repeats + 2):
-        if device == "cuda":
-            a, b = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            a.record()
-            fn()
-            b.record()
-            b.synchronize()
-            taken = a.elapsed_time(b) / 1e3
-        else:
-            start = time.perf_counter()
-            fn()
-            taken = time.perf_counter() - start
-        if i >= 2:
-            times.append(taken)
-    return statistics.median(times)
-
-
-def part_ceilings(sink: Sink, args: argparse.Namespace) -> None:
-    """What this device can do: copy bandwidth (bytes read plus written) and GEMM rates on random data."""
-    import torch
-
-    gpu, repeats = args.device == "cuda", 20 if args.device == "cuda" else 3
-    source = torch.randn((1 << 30 if gpu else 1 << 24) // 4, device=args.device)
-    target = torch.empty_like(source)
-    taken = seconds_of(lambda: target.copy_(source), args.device, repeats)
-    sink("copy", "ok", GBps=round(2 * source.nbytes / taken / 1e9, 1), MiB=source.nbytes >> 20)
-    n = 8192 if gpu else 512
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        a, b = (torch.randn(n, n, device=args.device).to(dtype) for _ in range(2))
-        c = torch.empty(n, n, device=args.device, dtype=dtype)
-        taken = seconds_of(lambda a=a, b=b, c=c: torch.mm(a, b, out=c), args.device, repeats)
-        sink(f"gemm {str(dtype)[6:]} {n}", "ok", TFLOPs=round(2 * n**3 / taken / 1e12, 2))
-
-
-def part_bench(sink: Sink, args: argparse.Namespace) -> None:
-    """bench/bench_lora.py piece by piece, the most telling first; rows join ``bench.csv`` as each piece ends."""
-    script = ROOT / "bench" / "bench_lora.py"
-    pieces = [("layer", "bf16"), ("kernel", "bf16"), ("overhead", "bf16"), ("layer", "fp32"), ("kernel", "fp32")]
-    if args.device == "cpu":
-        pieces = [("layer,kernel,overhead", "bf16")]
-    failed = 0
-    for only, dtypes in pieces:
-        start, part = time.time(), args.out / "piece.csv"
-        command = [sys.executable, str(script), "--device", args.device, "--only", only, "--dtypes", dtypes]
-        command += ["--csv", str(part), *(["--quick"] if args.device == "cpu" else [])]
-        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        said = []
-        for line in child.stdout or ():
-            print(line, end="", flush=True)
-            said.append(line.rstrip())
-        failed += child.wait() != 0
-        rows = part.read_text().splitlines() if part.exists() else []
-        with open(args.out / "bench.csv", "a") as whole:
-            whole.writelines(f"{row}\n" for row in rows[whole.tell() > 0 :])  # one header
-        part.unlink(missing_ok=True)
-        plot = part.with_suffix(".png")
-        if plot.exists():
-            plot.replace(args.out / f"bench-{only.split(',')[0]}-{dtypes}.png") if only.startswith(
-                "layer"
-            ) else plot.unlink()
-        status, took = ("failed" if child.returncode else "ok"), round(time.time() - start, 1)
-        error = short("\n".join(said[-12:])) if child.returncode else ""
-        targets = [line for line in said if line.endswith((" met", " MISSED")) and not line[:1].isdigit()]
-        sink(f"{only} {dtypes}", status, seconds=took, rows=max(len(rows) - 1, 0), targets=targets, error=error)
-    raise SystemExit(1 if failed else 0)
 
 
 # ------------------------------------------------------------------------------------------------------------- the run
@@ -475,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if args.part:
         args.seconds = args.seconds or 600.0
-        globals()[f"part_{args.part}"](Sink(args.out, args.part), args)
+        getattr(gpu_parts, f"part_{args.part}")(Sink(args.out, args.part), args)
         return 0
     deadline = time.time() + args.minutes * 60
     for pattern in ("results.jsonl", "summary.txt", "log.txt", "part.log", "bench*.csv", "bench*.png", "piece.*"):
