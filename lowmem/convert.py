@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Collection
 from typing import Any, Literal, TypeVar
 
@@ -10,10 +11,14 @@ import torch
 from torch import nn
 
 from ._errors import bad
-from .nn.lora import PARTS, FusedLoRALinear, _check_adapter, lora_layers
+from .nn.lora import FusedLoRALinear
+from .nn.lora_conv import FusedLoRAConv2d
+from .nn.lora_embedding import FusedLoRAEmbedding
 from .nn.lora_group import FusedLoRAGroup, groups_by_call, groups_by_name
+from .nn.lora_layer import PARTS, LoRALayer, check_adapter, lora_layers
 
 Model = TypeVar("Model", bound=nn.Module)
+KINDS = (nn.Linear, nn.Embedding, nn.Conv2d)  # what an adapter goes on
 
 
 def output_head(model: nn.Module) -> nn.Module | None:
@@ -23,24 +28,34 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def why_not(module: nn.Module, head: nn.Module | None = None) -> str:
-    """Why ``module`` cannot become a :class:`FusedLoRALinear`; '' where it can."""
-    if isinstance(module, FusedLoRALinear):
+    """Why ``module`` cannot take an adapter; '' where it can."""
+    if isinstance(module, LoRALayer):
         return "already converted"
     if module is head:
         return "the output head"
-    if type(module) is nn.Linear:
-        return "" if module.weight.is_floating_point() else f"a weight in {module.weight.dtype}"
-    if isinstance(module, nn.Linear):
-        return f"{type(module).__name__} is a subclass of nn.Linear with a forward of its own"
-    return f"{type(module).__name__} is not an nn.Linear"
+    for kind in KINDS:
+        if type(module) is kind:
+            break
+        if isinstance(module, kind):
+            return f"{type(module).__name__} is a subclass of nn.{kind.__name__} with a forward of its own"
+    else:
+        return f"{type(module).__name__} is not an nn.Linear, nn.Embedding or nn.Conv2d"
+    if not module.weight.is_floating_point():
+        return f"a weight in {module.weight.dtype}"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return "an embedding with max_norm"
+    if isinstance(module, nn.Conv2d) and (module.groups != 1 or module.padding_mode != "zeros"):
+        return f"a convolution with groups={module.groups}, padding_mode={module.padding_mode!r}"
+    return ""
 
 
-def _targets(model: nn.Module, target_modules: str | Collection[str]) -> dict[str, nn.Linear]:
-    """Name to module of every ``nn.Linear`` that ``target_modules`` names, PEFT's matching rules."""
+def _targets(model: nn.Module, target_modules: str | Collection[str]) -> dict[str, nn.Module]:
+    """Name to module of everything that ``target_modules`` names, PEFT's matching rules."""
     head = output_head(model)
     candidates = dict(model.named_modules(remove_duplicate=False))
     if target_modules == "all-linear":
-        return {name: m for name, m in candidates.items() if name and not why_not(m, head)}
+        linears = {name: m for name, m in candidates.items() if name and isinstance(m, nn.Linear)}
+        return {name: m for name, m in linears.items() if not why_not(m, head)}
     if isinstance(target_modules, str):
         pattern = re.compile(target_modules)
         matched = {name: m for name, m in candidates.items() if pattern.fullmatch(name)}
@@ -50,13 +65,19 @@ def _targets(model: nn.Module, target_modules: str | Collection[str]) -> dict[st
     for name, module in matched.items():
         reason = why_not(module)
         if reason:
-            bad("convert", "target_modules", "names of nn.Linear layers", f"{name!r}: {reason}", kind=TypeError)
+            want = "names of nn.Linear, nn.Embedding or nn.Conv2d layers"
+            bad("convert", "target_modules", want, f"{name!r}: {reason}", kind=TypeError)
     return matched
 
 
 def _suffix_in(name: str, wanted: set[str]) -> bool:
     parts = name.split(".")
     return any(".".join(parts[i:]) in wanted for i in range(1, len(parts)))
+
+
+def _shares(other: nn.Module, module: nn.Module) -> bool:
+    weight = module.weight
+    return any(p is weight for p in other.parameters(recurse=False))
 
 
 def convert(
@@ -75,8 +96,9 @@ def convert(
     name: str = "default",
     example_inputs: Any = None,
 ) -> Model:
-    """Replace linear layers by :class:`lowmem.nn.FusedLoRALinear` in place, freeze everything but the adapters, return
-    ``model``.
+    """Replace layers by :class:`lowmem.nn.FusedLoRALinear`, and where ``target_modules`` names such by
+    :class:`lowmem.nn.FusedLoRAEmbedding` and :class:`lowmem.nn.FusedLoRAConv2d`, in place; freeze everything but the
+    adapters; return ``model``.
 
     The layers share the weights they had: no copy of the model is made. Nothing is changed unless all of it can be.
 
@@ -88,20 +110,22 @@ def convert(
         target_modules: ``"all-linear"`` (every plain ``nn.Linear`` but the output head), another string as a regular
             expression that must match a module's whole name, or a collection of names or dotted suffixes of names, as
             in PEFT.
-        use_rslora, adapter_dtype, mask, use_dora, gate, train, name: see :class:`lowmem.nn.FusedLoRALinear`.
-
+        use_rslora, adapter_dtype, mask, use_dora, gate, train, name: see :class:`lowmem.nn.FusedLoRALinear`. ``mask``
+            is for linear layers; embeddings and convolutions take neither ``use_dora`` nor ``gate``.
         example_inputs: arguments for one call of ``model`` (a dict of keywords, a tuple, or a tensor), made here once
-            in
-            eval mode without gradients, to see which layers read the same tensor: those are grouped
+            in eval mode without gradients, to see which layers read the same tensor: those are grouped
             (:class:`lowmem.nn.FusedLoRAGroup`). None groups q/k/v and gate/up projections by their usual names.
 
-    Raises ValueError or TypeError ``lowmem.convert: <argument>: expected ..., got ...``: nothing matches, a match is no
-    plain ``nn.Linear``, or the model is converted already.
+    A layer whose weight another module shares (an embedding tied to the output head) is converted, with a warning, and
+    refuses to merge.
+
+    Raises ValueError or TypeError ``lowmem.convert: <argument>: expected ..., got ...``: nothing matches, a match is
+    none of the three kinds, or the model is converted already.
     """
-    _check_adapter(name, r, r if alpha is None else alpha, dropout)
+    check_adapter("convert", name, r, r if alpha is None else alpha, dropout)
     present = [layer_name for layer_name, _ in lora_layers(model)]
     if present:
-        got = f"{len(present)} FusedLoRALinear ({present[0]!r}, ...)"
+        got = f"{len(present)} of lowmem's layers ({present[0]!r}, ...)"
         bad("convert", "model", "a model that is not converted", got, hint="layer.add_adapter adds another adapter")
     targets = _targets(model, target_modules)
     if not targets:
@@ -112,21 +136,40 @@ def convert(
             f"names of nn.Linear layers (there are: {', '.join(linears) or 'none'})",
             repr(target_modules),
         )
-    layers: dict[int, FusedLoRALinear] = {}  # one layer for a module that is used in several places
-    for module in targets.values():
-        if id(module) not in layers:
-            layers[id(module)] = FusedLoRALinear.from_linear(
-                module,
-                r=r,
-                alpha=r if alpha is None else alpha,
-                dropout=dropout,
-                use_rslora=use_rslora,
-                adapter_dtype=adapter_dtype,
-                mask=mask,
-                use_dora=use_dora,
-                gate=gate,
-                train=train,
-                name=name,
+    adapter: dict[str, Any] = {
+        "r": r,
+        "alpha": r if alpha is None else alpha,
+        "dropout": dropout,
+        "use_rslora": use_rslora,
+        "adapter_dtype": adapter_dtype,
+        "use_dora": use_dora,
+        "gate": gate,
+        "train": train,
+        "name": name,
+    }
+    plain = [layer_name for layer_name, module in targets.items() if not isinstance(module, nn.Linear)]
+    if plain and (use_dora or gate):
+        bad("convert", "use_dora, gate", f"False, since {plain[0]!r} is no nn.Linear", (use_dora, gate))
+    layers: dict[int, LoRALayer] = {}  # one layer for a module that is used in several places
+    for layer_name, module in targets.items():
+        if id(module) in layers:
+            continue
+        made: LoRALayer
+        if isinstance(module, nn.Embedding):
+            made = FusedLoRAEmbedding(module, **adapter)
+        elif isinstance(module, nn.Conv2d):
+            made = FusedLoRAConv2d(module, **adapter)
+        else:
+            assert isinstance(module, nn.Linear)
+            made = FusedLoRALinear.from_linear(module, mask=mask, **adapter)
+        layers[id(module)] = made
+        others = [other for other, m in model.named_modules() if m is not module and _shares(m, module)]
+        if others:
+            made.tied_to = ", ".join(others)
+            warnings.warn(
+                f"lowmem.convert: {layer_name!r} shares its weight with {made.tied_to!r}: its adapter acts on the one "
+                f"alone, and merge() will refuse",
+                stacklevel=2,
             )
     model.requires_grad_(False)  # the adapters are not in it yet
     for qualified, module in targets.items():

@@ -10,6 +10,8 @@ from torch import nn
 from . import _dispatch
 from .convert import output_head, why_not
 from .nn.lora import FusedLoRALinear
+from .nn.lora_embedding import FusedLoRAEmbedding
+from .nn.lora_layer import LoRALayer
 
 
 @dataclass(frozen=True)
@@ -39,30 +41,36 @@ def backends() -> Table:
 
 @dataclass(frozen=True)
 class Report(Table):
-    """A :class:`Table` of a model's linear layers, with its totals as numbers."""
+    """A :class:`Table` of a model's layers, with its totals as numbers."""
 
     converted: int = 0
     trainable: int = 0
     total: int = 0
 
 
-def saved_bytes_per_row(layer: FusedLoRALinear) -> tuple[int, int]:
+def saved_bytes_per_row(layer: LoRALayer) -> tuple[int, int]:
     """Bytes that ``layer`` saves for backward per row of its input while training: ``(x, which siblings over the same x
     share, S and mask)``: ``K * itemsize`` and ``r * itemsize + 4 * ceil(K / 32)`` (the last only with dropout and
-    bits)."""
+    bits). A convolution's rows are pixels of its input, then of its output; an embedding's are ids of 8 bytes."""
     name, item = layer.active_adapter, layer.weight.element_size()
+    if isinstance(layer, FusedLoRAEmbedding):
+        return 8, 0
+    if not isinstance(layer, FusedLoRALinear):
+        return layer.weight.shape[1] * item, layer.r[name] * item
     bits = 4 * ((layer.in_features + 31) // 32) if layer.dropout[name] > 0 and layer.mask == "bits" else 0
     return layer.in_features * item, layer.r[name] * item + bits
 
 
 def report(model: nn.Module) -> Report:
-    """A row for every linear layer of ``model``: the adapter, the backend, bytes saved for backward per row of input
-    (``x``, shared by layers over one input, ``+`` what is the layer's own), or why the layer is not converted."""
+    """A row for every linear layer of ``model``, and every other that has an adapter: the adapter, the backend, bytes
+    saved for backward per row of input (``x``, shared by layers over one input, ``+`` what is the layer's own), or why
+    the layer is not converted."""
     head, rows, converted = output_head(model), [], 0
     for name, module in model.named_modules():
-        if isinstance(module, FusedLoRALinear):
+        if isinstance(module, LoRALayer):
             converted += 1
-            backend, reason = _dispatch.serving("lora_shrink", "cuda" if module.weight.is_cuda else "cpu")
+            operator = "lora_shrink" if isinstance(module, FusedLoRALinear) else "lora_masked_expand_"
+            backend, reason = _dispatch.serving(operator, "cuda" if module.weight.is_cuda else "cpu")
             if module.merged:
                 backend, reason = "torch", f"adapter {module.merged!r} is merged: one GEMM"
             elif module.weight.dtype == torch.float64 and module.weight.is_cuda:
@@ -76,7 +84,7 @@ def report(model: nn.Module) -> Report:
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
-    footer = f"{converted} of {len(rows)} linear layers converted; {trainable:,} of {total:,} parameters train"
+    footer = f"{converted} of {len(rows)} layers converted; {trainable:,} of {total:,} parameters train"
     return Report(
         ("layer", "adapter", "backend", "saved B/row", "why not more"), tuple(rows), footer, converted, trainable, total
     )

@@ -16,8 +16,7 @@ from torch import nn
 
 from lowmem import convert
 from lowmem.integrations import load_adapter, peft_format, save_adapter
-from lowmem.nn import FusedLoRALinear
-from lowmem.nn.lora import disabled, lora_layers
+from lowmem.nn import FusedLoRALinear, disabled, lora_layers
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from .._errors import bad
-from ..nn.lora import FusedLoRALinear
+from ..nn.lora_layer import LoRALayer
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -102,7 +102,7 @@ def _task_type(model: nn.Module) -> str | None:
 
 
 def make(
-    model: nn.Module, layers: Mapping[str, FusedLoRALinear], others: set[str], name: str, base: str | None
+    model: nn.Module, layers: Mapping[str, LoRALayer], others: set[str], name: str, base: str | None
 ) -> dict[str, Any]:
     """The config of adapter ``name`` on ``layers``; ``others`` are the names of the model's other modules."""
     dora = {name in layer.lora_magnitude for layer in layers.values()}

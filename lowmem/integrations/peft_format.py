@@ -3,7 +3,8 @@
 ``peft.PeftModel.from_pretrained(base, folder)`` reads what :func:`save_adapter` wrote, and :func:`load_adapter` reads
 what ``PeftModel.save_pretrained`` wrote. Neither needs PEFT; both need ``safetensors``. The weights are keyed
 ``base_model.model.<layer>.lora_A.weight`` (``[r, in_features]``) and ``base_model.model.<layer>.lora_B.weight``
-(``[out_features, r]``), and for DoRA ``base_model.model.<layer>.lora_magnitude_vector`` (``[out_features]``).
+(``[out_features, r]``), and for DoRA ``base_model.model.<layer>.lora_magnitude_vector`` (``[out_features]``);
+convolutions have 4-D ones, and embeddings ``lora_embedding_A`` ``[r, V]`` and ``lora_embedding_B`` ``[N, r]``.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from torch import Tensor, nn
 
 from .._errors import bad
 from ..nn.lora import FusedLoRALinear
+from ..nn.lora_embedding import FusedLoRAEmbedding
+from ..nn.lora_layer import LoRALayer
 from . import _peft_config
 from ._peft_config import CONFIG, WEIGHTS, Settings
 
@@ -30,7 +33,7 @@ _PREFIX = "base_model.model."
 _WRAPPERS = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}  # what wrappers put in module names
 
 
-def _modules(op: str, model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module], dict[str, FusedLoRALinear]]:
+def _modules(op: str, model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module], dict[str, LoRALayer]]:
     """The model without its wrappers, its modules by the names they have without them, and the LoRA layers of those."""
     if not isinstance(model, nn.Module):
         bad(op, "model", "a torch.nn.Module", type(model).__name__, kind=TypeError)
@@ -45,7 +48,7 @@ def _modules(op: str, model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]
         ".".join(part for part in name.split(".") if part not in _WRAPPERS): module
         for name, module in model.named_modules()
     }
-    layers = {name: module for name, module in modules.items() if isinstance(module, FusedLoRALinear)}
+    layers = {name: module for name, module in modules.items() if isinstance(module, LoRALayer)}
     if not layers:
         hint = "lowmem.convert it first"
         bad(op, "model", "FusedLoRALinear layers in it", f"a {type(model).__name__} without any", hint=hint)
@@ -55,21 +58,28 @@ def _modules(op: str, model: nn.Module) -> tuple[nn.Module, dict[str, nn.Module]
 
 
 MAGNITUDE = "lora_magnitude_vector"
+SIDES, EMBEDDING_SIDES = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 
 
 def _key(layer: str, side: str) -> str:
-    return f"{_PREFIX}{layer}.{side}" + ("" if side == MAGNITUDE else ".weight")
+    return f"{_PREFIX}{layer}.{side}" + (".weight" if side in SIDES else "")
 
 
-def _parameters(layer: FusedLoRALinear, name: str) -> dict[str, Tensor]:
+def _sides(embedding: bool) -> tuple[str, str]:
+    return EMBEDDING_SIDES if embedding else SIDES
+
+
+def _parameters(layer: LoRALayer, name: str) -> dict[str, Tensor]:
     """The file's name of each part of adapter ``name`` to the parameter."""
-    parts = {"lora_A": layer.lora_A[name], "lora_B": layer.lora_B[name]}
+    a, b = _sides(isinstance(layer, FusedLoRAEmbedding))
+    parts = {a: layer.lora_A[name], b: layer.lora_B[name]}
     return parts | ({MAGNITUDE: layer.lora_magnitude[name]} if name in layer.lora_magnitude else {})
 
 
-def _shapes(layer: FusedLoRALinear, s: Settings) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {"lora_A": (s.r, layer.in_features), "lora_B": (layer.out_features, s.r)}
-    return shapes | ({MAGNITUDE: (layer.out_features,)} if s.use_dora else {})
+def _shapes(layer: LoRALayer, s: Settings) -> dict[str, tuple[int, ...]]:
+    sides = _sides(isinstance(layer, FusedLoRAEmbedding))
+    shapes = dict(zip(sides, layer.adapter_shapes(s.r), strict=True))
+    return shapes | ({MAGNITUDE: (layer.weight.shape[0],)} if s.use_dora else {})
 
 
 def _check_storage(op: str, what: str, tensor: Tensor) -> None:
@@ -202,23 +212,41 @@ def _read_weights(file: Path) -> dict[str, Tensor]:
 
 
 def _split(tensors: dict[str, Tensor]) -> tuple[dict[str, dict[str, Tensor]], set[str]]:
-    """Layer name to its ``lora_A``, ``lora_B`` and magnitude, and the keys that are none of them."""
+    """Layer name to its A, B and magnitude under the file's names, and the keys that are none of them."""
     pairs: dict[str, dict[str, Tensor]] = defaultdict(dict)
     extra = set()
     for key, tensor in tensors.items():
-        if found := re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.(?:(lora_[AB])\.weight|({MAGNITUDE}))", key):
+        sides = rf"(?:(lora_[AB])\.weight|(lora_embedding_[AB]|{MAGNITUDE}))"
+        if found := re.fullmatch(rf"{re.escape(_PREFIX)}(.+)\.{sides}", key):
             pairs[found[1]][found[2] or found[3]] = tensor
         else:
             extra.add(key)
     return dict(pairs), extra
 
 
-def _check_pair(layer: FusedLoRALinear, name: str, key: str, pair: dict[str, Tensor], s: Settings) -> None:
+def _same_embeddings(tensors: dict[str, Tensor], extra: set[str], layers: Mapping[str, LoRALayer]) -> set[str]:
+    """Keys of whole base embeddings, which PEFT writes beside their adapters: taken where they are the model's own."""
+    taken = set()
+    for name, layer in layers.items():
+        key = f"{_PREFIX}{name}.base_layer.weight"
+        if isinstance(layer, FusedLoRAEmbedding) and key in extra:
+            theirs = tensors[key].to(layer.weight)
+            if layer.merged is None and not torch.equal(theirs, layer.weight):
+                got = "another one" if theirs.shape == layer.weight.shape else f"shape {list(theirs.shape)}"
+                bad("load_adapter", "path", f"the model's own embedding as {key}", got, hint="load it into the model")
+            taken.add(key)
+    return taken
+
+
+def _check_pair(layer: LoRALayer, name: str, key: str, pair: dict[str, Tensor], s: Settings) -> None:
     op = "load_adapter"
+    if s.use_dora and layer.only_plain:
+        bad(op, "path", f"no DoRA on {key} ({layer.only_plain})", f"use_dora=true in {CONFIG}")
     for side, shape in _shapes(layer, s).items():
         tensor = pair[side]
         if tuple(tensor.shape) != shape:
-            why = f"r={s.r} in {CONFIG}, the layer is {layer.in_features} -> {layer.out_features}"
+            sizes = f"{layer.in_features} -> {layer.out_features}" if isinstance(layer, FusedLoRALinear) else ""
+            why = f"r={s.r} in {CONFIG}, the layer is {sizes or list(layer.weight.shape)}"
             bad(op, "path", f"{_key(key, side)} of shape {list(shape)} ({why})", f"shape {list(tensor.shape)}")
         if not tensor.is_floating_point():
             bad(op, "path", f"{_key(key, side)} in a floating dtype", tensor.dtype, kind=TypeError)
@@ -263,18 +291,26 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], *, name: str = 
     folder = Path(path)
     _check_folder(folder)
     config = _peft_config.read(folder, strict)
-    pairs, extra = _split(_read_weights(folder / WEIGHTS))
-    plain = {key for key, module in modules.items() if isinstance(module, nn.Linear) and key not in layers}
+    tensors = _read_weights(folder / WEIGHTS)
+    pairs, extra = _split(tensors)
+    extra -= _same_embeddings(tensors, extra, layers)
+    kinds = (nn.Linear, nn.Embedding, nn.Conv2d)
+    plain = {key for key, module in modules.items() if isinstance(module, kinds) and key not in layers}
 
-    sides = ("lora_A", "lora_B", MAGNITUDE) if config.get("use_dora") else ("lora_A", "lora_B")
-    torn = [_key(key, side) for key, pair in pairs.items() for side in sides if side not in pair]
-    if torn:
-        bad(op, "path", f"{', '.join(sides[:-1])} and {sides[-1]} of every layer", f"no {_shown(torn)}")
-    extra |= {_key(key, side) for key, pair in pairs.items() for side in pair.keys() - set(sides)}
+    sides = {}  # of each layer: the names that must be there
+    for key, pair in pairs.items():
+        ab = _sides(isinstance(layers[key], FusedLoRAEmbedding) if key in layers else EMBEDDING_SIDES[0] in pair)
+        sides[key] = (*ab, MAGNITUDE) if config.get("use_dora") else ab
+        torn = [_key(key, side) for side in sides[key] if side not in pair]
+        if torn:
+            bad(op, "path", f"{', '.join(sides[key][:-1])} and {sides[key][-1]} of every layer", f"no {_shown(torn)}")
+    extra |= {_key(key, side) for key, pair in pairs.items() for side in pair.keys() - set(sides[key])}
     if unconverted := plain & pairs.keys():
         hint = "lowmem.convert them first"
-        bad(op, "model", "FusedLoRALinear where the file has weights", f"nn.Linear at {_shown(unconverted)}", hint=hint)
-    extra |= {_key(key, side) for key in pairs.keys() - layers.keys() for side in sides}
+        kind = type(modules[min(unconverted)]).__name__
+        got = f"nn.{kind} at {_shown(unconverted)}"
+        bad(op, "model", "FusedLoRALinear where the file has weights", got, hint=hint)
+    extra |= {_key(key, side) for key in pairs.keys() - layers.keys() for side in sides[key]}
     missing = (layers.keys() | _peft_config.targeted(config, plain)) - pairs.keys()
     chosen = {key: pair for key, pair in pairs.items() if key in layers}
     if not chosen:

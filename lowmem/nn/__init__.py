@@ -1,13 +1,21 @@
 """Modules over the operators of :mod:`lowmem.ops`."""
 
-from .lora import FusedLoRALinear, disabled, lora_layers, set_adapter
+from .lora import FusedLoRALinear
+from .lora_conv import FusedLoRAConv2d
+from .lora_embedding import FusedLoRAEmbedding
 from .lora_group import FusedLoRAGroup
+from .lora_layer import LoRALayer, disabled, lora_layers, set_adapter
 from .lora_multi import MultiLoRALinear, route, routed, train_adapters
+from .randlora import RandLoRALinear
 
 __all__ = [
+    "FusedLoRAConv2d",
+    "FusedLoRAEmbedding",
     "FusedLoRAGroup",
     "FusedLoRALinear",
+    "LoRALayer",
     "MultiLoRALinear",
+    "RandLoRALinear",
     "disabled",
     "lora_layers",
     "route",

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from .._errors import bad
 from ..ops.lora import lora_group
-from .lora import FusedLoRALinear, lora_layers
+from .lora import FusedLoRALinear
+from .lora_layer import lora_layers
 
 
 class FusedLoRAGroup:
@@ -141,7 +142,7 @@ def groups_by_call(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Modul
     def record(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         calls.append((layer, inputs[0], inputs[0]._version))
 
-    layers = {child for _, child in lora_layers(model)}
+    layers = {child for _, child in lora_layers(model) if isinstance(child, FusedLoRALinear)}
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     modes = {module: module.training for module in model.modules()}
     try:

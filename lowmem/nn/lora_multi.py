@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import bad
-from .lora import FusedLoRALinear, lora_layers
+from .lora import FusedLoRALinear
+from .lora_layer import lora_layers
 
 
 class Routing(NamedTuple):
@@ -112,7 +113,11 @@ def routed(
     layer called with another number of rows raises. Backward may run outside; recomputation (activation checkpointing)
     must run inside.
     """
-    layers = [layer for _, layer in lora_layers(module)]
+    layers = []
+    for where, layer in lora_layers(module):
+        if not isinstance(layer, FusedLoRALinear):
+            bad("routed", "module", "adapters on linear layers alone", f"{type(layer).__name__} at {where!r}")
+        layers.append(layer)
     for name in names:
         if not layers or any(name not in layer.lora_A for layer in layers):
             bad("routed", "names", "adapters that every layer has", repr(name))

@@ -1,7 +1,20 @@
 """The public functions of every operator family; ``torch.ops.lowmem.*`` are the operators below them."""
 
 from .lora import Adapted, lora_group, lora_linear
+from .lora_conv import lora_conv2d
+from .lora_embedding import lora_embedding
 from .lora_multi import multi_lora_linear
 from .quant import qmatmul, qscale_grad
+from .randlora import randlora_linear
 
-__all__ = ["Adapted", "lora_group", "lora_linear", "multi_lora_linear", "qmatmul", "qscale_grad"]
+__all__ = [
+    "Adapted",
+    "lora_conv2d",
+    "lora_embedding",
+    "lora_group",
+    "lora_linear",
+    "multi_lora_linear",
+    "qmatmul",
+    "qscale_grad",
+    "randlora_linear",
+]

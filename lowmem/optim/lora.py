@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from .._errors import bad
-from ..nn.lora import lora_layers
+from ..nn.lora_embedding import FusedLoRAEmbedding
+from ..nn.lora_layer import lora_layers
 
 
 def _number(op: str, argument: str, value: Any, expected: str, ok: bool) -> None:
@@ -38,7 +39,7 @@ def prox_l1_(parameters: Tensor | Iterable[Tensor], threshold: float) -> None:
 
 def lora_plus_groups(model: nn.Module, lr: float, *, ratio: float = 16.0, **options: Any) -> list[dict[str, Any]]:
     """Parameter groups of LoRA+ (arXiv 2402.12354): B learns with ``lr * ratio``, every other trainable parameter with
-    ``lr``.
+    ``lr``, both parts of an embedding's adapter among them (there A is the one that starts at zero).
 
     ``options`` (weight_decay, ...) go into both groups. Give the list to any torch optimizer. Raises where ``model``
     has no trainable B.
@@ -46,7 +47,8 @@ def lora_plus_groups(model: nn.Module, lr: float, *, ratio: float = 16.0, **opti
     op = "lora_plus_groups"
     _number(op, "lr", lr, "a finite number > 0", lr > 0)
     _number(op, "ratio", ratio, "a finite number > 0", ratio > 0)
-    fast = {id(b): b for _, layer in lora_layers(model) for b in layer.lora_B.values() if b.requires_grad}
+    layers = [layer for _, layer in lora_layers(model) if not isinstance(layer, FusedLoRAEmbedding)]
+    fast = {id(b): b for layer in layers for b in layer.lora_B.values() if b.requires_grad}
     if not fast:
         bad(op, "model", "a FusedLoRALinear whose B trains", "none", hint="lowmem.convert(model, r=...) makes them")
     slow = [p for p in model.parameters() if p.requires_grad and id(p) not in fast]
