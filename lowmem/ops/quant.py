@@ -88,6 +88,14 @@ def group_index(spec: QuantSpec, k: int, row0: int, rows: int, device: torch.dev
     return row * spec.row_groups(k) + (col * 0 if spec.group_size == PER_CHANNEL else col // spec.group_size)
 
 
+def unit_values(codes: Tensor, zero: Maybe, spec: QuantSpec, index: Tensor, dtype: torch.dtype) -> Tensor:
+    """What codes stand for over their scales, in ``dtype``: ``table[code]``, or ``code - zero[index]``."""
+    if spec.is_table:
+        return code_table(spec.format, codes.device).to(dtype)[codes.long()]
+    z = 2 ** (spec.bits - 1) if zero is None else zero.reshape(-1)[index].to(dtype)
+    return codes.to(dtype) - z
+
+
 def dequantize_fake(
     out: Tensor,
     packed: Tensor,
@@ -125,13 +133,7 @@ def dequantize_reference(
     codes = codes_reference(packed, what, k, row0, rows)[:, block]
     index = group_index(what, k, row0, rows, packed.device)[:, block]
     s = scales_reference(scale, scale_code, scale_absmax, scale_offset, what, index)
-    if what.is_table:
-        table: Any = code_table(what.format, packed.device)
-        values = table.to(s.dtype)[codes.long()]
-    else:
-        z = 2 ** (what.bits - 1) if zero is None else zero.reshape(-1)[index].to(s.dtype)
-        values = codes.to(s.dtype) - z
-    out.copy_(values * s)
+    out.copy_(unit_values(codes, zero, what, index, s.dtype) * s)
 
 
 # ------------------------------------------------------------------------------------------------------------- product
@@ -268,11 +270,7 @@ def scale_grad_reference(
     dw = (dy.to(wide).mT @ x.to(wide)).reshape(rows, groups, -1)
     codes = codes_reference(packed, what, k, row0, rows)
     index = group_index(what, k, row0, rows, packed.device)
-    if what.is_table:
-        values = code_table(what.format, packed.device).to(wide)[codes.long()]
-    else:
-        z = 2 ** (what.bits - 1) if zero is None else zero.reshape(-1)[index].to(wide)
-        values = codes.to(wide) - z
+    values = unit_values(codes, zero, what, index, wide)
     shape = (*dy.shape[:-2], n, groups)
     ds = (dw * values.view(dw.shape)).sum(-1).view(shape)
     if zero is None:

@@ -74,7 +74,34 @@ def quantize(
         q = QTensor(packed.view(packed_shape(what, shape)), scale.view(scale_shape(what, shape)), what, shape, w.dtype)
         if what.zero_point:
             q = replace(q, zero=zero.view(q.scale.shape))
-        return double_quantize(q, scale) if what.double_quant else q
+        if not what.double_quant:
+            return q
+        q = double_quantize(q, scale)
+        return encode_with(q, matrix) if what.scale_bits < 8 else q
+
+
+def encode_with(q: QTensor, w: Tensor) -> QTensor:
+    """``q`` with the codes of ``w [rows, K]`` chosen anew, nearest under the scales and zeros that ``q`` holds: scale
+    codes of few bits are far from the scales that the first codes were made for."""
+    what, (rows, k) = q.spec, w.shape
+    size = what.group_size if what.group_size > 0 else k
+    flat = w.reshape(-1)
+    count = what.scale_count(rows, k)
+    codes = torch.empty(count * size, dtype=torch.uint8, device=flat.device)
+    step = max(CHUNK // max(size, 1), 1)
+    for start in range(0, count, step):
+        stop = min(start + step, count)
+        part = flat[start * size : stop * size].float()
+        part = torch.nn.functional.pad(part, (0, -part.numel() % size)).view(-1, size)
+        index = torch.arange(start, stop, device=flat.device)
+        s = ops.scales_reference(q.scale, q.scale_code, q.scale_absmax, q.scale_offset, what, index)
+        z = torch.full_like(s, 2.0 ** (what.bits - 1)) if q.zero is None else q.zero.reshape(-1)[index].to(s.dtype)
+        codes[start * size : stop * size] = _encode(part, s, z, what)[0].reshape(-1)
+    return replace(q, packed=_pack(codes[: rows * k], what, k).view(q.packed.shape))
+
+
+def _pack(codes: Tensor, what: QuantSpec, k: int) -> Tensor:
+    return ops.pack_flat(codes, what) if what.is_table else pack_codes(codes.view(-1, k), what.bits).reshape(-1)
 
 
 def double_quantize(q: QTensor, scale: Tensor) -> QTensor:
@@ -82,8 +109,8 @@ def double_quantize(q: QTensor, scale: Tensor) -> QTensor:
 
     At 8 bits as bitsandbytes does on the CPU, bit for bit: ``(scale - mean) / absmax`` of the block is rounded to one
     of 65536 even steps of [-1, 1], whose nearest value in :func:`dynamic_map` is the code (zero is no step: 0 becomes
-    1.5e-5 * absmax). Below 8 bits: ``2**scale_bits`` even steps from 0 to 1, with the block's minimum as offset and its
-    range as absmax (LQ-LoRA, arXiv 2311.12023)."""
+    1.5e-5 * absmax). Below 8 bits: ``2**scale_bits`` even steps from 0 to 1, with the least scale of the weight
+    as offset and the block's largest above it as absmax (LQ-LoRA, arXiv 2311.12023)."""
     what, dtype = q.spec, q.spec.scales_in
     flat = scale.reshape(-1).float()
     pad = -flat.numel() % what.scale_group
@@ -97,9 +124,8 @@ def double_quantize(q: QTensor, scale: Tensor) -> QTensor:
         u[absmax == 0] = 0
     else:
         table = torch.linspace(0, 1, 2**what.scale_bits, device=flat.device)
-        blocks = torch.cat([flat, flat[-1:].expand(pad)]).view(-1, what.scale_group)
-        offset = blocks.amin(-1)
-        blocks = blocks - offset[:, None]
+        offset = (flat.amin() if flat.numel() else flat.sum()).to(dtype).float()
+        blocks = torch.nn.functional.pad(flat - offset, (0, pad)).view(-1, what.scale_group).clamp(min=0)
         absmax = blocks.amax(-1)
         u = ops.table_codes(blocks / ops.divisor(absmax, torch.float32)[:, None], table)
     u = pack_codes(u.reshape(-1)[: flat.numel()], what.scale_bits)
@@ -153,9 +179,7 @@ def _searched(matrix: Tensor, what: QuantSpec, fit: Fit) -> tuple[Tensor, Tensor
         zeros.append(z)
     codes = codes[: rows * k]
     zero = torch.cat(zeros) if what.zero_point else codes[:0]
-    if what.is_table:
-        return ops.pack_flat(codes, what), scale, zero
-    return pack_codes(codes.view(rows, k), what.bits).reshape(-1), scale, zero
+    return _pack(codes, what, k), scale, zero
 
 
 def _start(w: Tensor, what: QuantSpec) -> tuple[Tensor, Tensor]:
