@@ -80,24 +80,31 @@ def quantize(
         return encode_with(q, matrix) if what.scale_bits < 8 else q
 
 
-def encode_with(q: QTensor, w: Tensor) -> QTensor:
-    """``q`` with the codes of ``w [rows, K]`` chosen anew, nearest under the scales and zeros that ``q`` holds: scale
-    codes of few bits are far from the scales that the first codes were made for."""
+def nearest_codes(q: QTensor, w: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes of ``w [rows, K]`` that are nearest under the scales and zeros of ``q``: uint8
+    ``[scales, group_size]``, codes of 0 beyond w's last element; and those scales, fp32 ``[scales]``."""
     what, (rows, k) = q.spec, w.shape
     size = what.group_size if what.group_size > 0 else k
     flat = w.reshape(-1)
     count = what.scale_count(rows, k)
-    codes = torch.empty(count * size, dtype=torch.uint8, device=flat.device)
+    index = torch.arange(count, device=flat.device)
+    s = ops.scales_reference(q.scale, q.scale_code, q.scale_absmax, q.scale_offset, what, index).float()
+    z = torch.full_like(s, 2.0 ** (what.bits - 1)) if q.zero is None else q.zero.reshape(-1).float()
+    codes = torch.empty(count, size, dtype=torch.uint8, device=flat.device)
     step = max(CHUNK // max(size, 1), 1)
     for start in range(0, count, step):
         stop = min(start + step, count)
         part = flat[start * size : stop * size].float()
         part = torch.nn.functional.pad(part, (0, -part.numel() % size)).view(-1, size)
-        index = torch.arange(start, stop, device=flat.device)
-        s = ops.scales_reference(q.scale, q.scale_code, q.scale_absmax, q.scale_offset, what, index)
-        z = torch.full_like(s, 2.0 ** (what.bits - 1)) if q.zero is None else q.zero.reshape(-1)[index].to(s.dtype)
-        codes[start * size : stop * size] = _encode(part, s, z, what)[0].reshape(-1)
-    return replace(q, packed=_pack(codes[: rows * k], what, k).view(q.packed.shape))
+        codes[start:stop] = _encode(part, s[start:stop], z[start:stop], what)[0]
+    return codes, s
+
+
+def encode_with(q: QTensor, w: Tensor) -> QTensor:
+    """``q`` with the codes of ``w [rows, K]`` chosen anew (:func:`nearest_codes`): scale codes of few bits are far from
+    the scales that the first codes were made for."""
+    codes, _ = nearest_codes(q, w)
+    return replace(q, packed=_pack(codes.reshape(-1)[: w.numel()], q.spec, w.shape[1]).view(q.packed.shape))
 
 
 def _pack(codes: Tensor, what: QuantSpec, k: int) -> Tensor:
