@@ -23,7 +23,7 @@ LIBS := $(VENV)/.stamps/libs-$(shell { cat setup.py $(CSRC); echo $(foreach v,$(
 
 say = @echo "== $(1)"
 
-.PHONY: help demo test build check-libs test-cpu test-interpret test-compile test-emulate test-compat gpu sanitize bench lint format docs clean
+.PHONY: help demo test build check-libs test-cpu test-interpret test-compile test-emulate test-compat gpu gpu-pack sanitize bench lint format docs clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## */  make \1\t/' | expand -t 24
@@ -85,6 +85,9 @@ test-compat: $(LIBS) ## the built libraries and the tests on the oldest torch an
 gpu: $(LIBS) ## the same tests on a CUDA device, then the benchmarks there
 	$(call say,gpu: bench/gpu_run.py)
 	@$(PY) bench/gpu_run.py $(ARGS)
+
+gpu-pack: $(LIBS) ## one folder with what a bare GPU machine needs: libraries, peers to compare with; checked
+	@$(PY) tools/gpu_pack.py $(ARGS)
 
 sanitize: $(LIBS) ## the GPU tests under compute-sanitizer
 	@command -v compute-sanitizer >/dev/null || { echo "sanitize: compute-sanitizer is not on the PATH (it comes with the CUDA toolkit)"; exit 1; }

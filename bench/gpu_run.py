@@ -9,6 +9,8 @@ Parts, in order: ``load`` (versions, devices, which libraries load and why other
 lose the device, and the next one still runs. A part gets its share of the time that is left, so what one does not need
 goes to the others.
 
+What `make gpu-pack` collected (libraries built elsewhere, peers) is taken from ``.gpu-pack`` in the root, if there.
+
 Written to ``--out``, flat and few (results come back from some machines by the file):
 
 * ``results.jsonl``: one JSON object a result, appended as it comes
@@ -24,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -38,6 +41,7 @@ from gpu_parts import LOST, Sink, results, short  # noqa: E402
 
 # part: its weight in sharing out the time
 PARTS = {"load": 3, "smoke": 2, "tests": 5, "sanitizer": 3, "ceilings": 1, "bench": 5}
+PACK = ROOT / ".gpu-pack"  # what tools/gpu_pack.py collected, where it was brought along
 LOG_BYTES = 1 << 20  # of each part in log.txt
 
 
@@ -50,7 +54,8 @@ def run_part(part: str, args: argparse.Namespace, seconds: float, skip: list[str
     command += ["--seconds", str(seconds), *(["--no-build"] if not args.build else [])]
     command += [f"--skip={s}" for s in skip] + [f"--tests={t}" for t in args.tests or []]
     start, log = time.time(), args.out / "part.log"
-    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).strip(os.pathsep)}
+    paths = [str(ROOT), str(PACK / "site"), os.environ.get("PYTHONPATH", "")]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in paths if p)}
     env["PYTHONUNBUFFERED"] = "1"
     with open(log, "wb") as output:
         child = subprocess.Popen(
@@ -77,6 +82,14 @@ def run_part(part: str, args: argparse.Namespace, seconds: float, skip: list[str
         whole.write(f"\n===== {part}\n".encode() + text)
     status = {None: "timeout", 0: "ok", LOST: "lost the device"}.get(rc, f"failed (exit {rc})")
     return status, time.time() - start
+
+
+def unpack() -> None:
+    """Put the pack's operator libraries where they belong, unless there are some already."""
+    for library in sorted((PACK / "lowmem").glob("*.so")) if PACK.exists() else ():
+        target = ROOT / "lowmem" / library.name
+        if not target.exists():
+            shutil.copy2(library, target)
 
 
 def summary(out: Path, done: dict[str, tuple[str, float]]) -> str:
@@ -146,6 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         args.seconds = args.seconds or 600.0
         getattr(gpu_parts, f"part_{args.part}")(Sink(args.out, args.part), args)
         return 0
+    unpack()
     deadline = time.time() + args.minutes * 60
     for pattern in ("results.jsonl", "summary.txt", "log.txt", "part.log", "bench*.csv", "bench*.png", "piece.*"):
         for old in args.out.glob(pattern):

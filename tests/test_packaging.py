@@ -243,14 +243,16 @@ def test_the_link_is_a_link():
 
 # ----------------------------------------------------------------------------------------------------------------- ABI
 
-PRIVATE = re.compile(r"\b(?:at|c10|torch)::")
+
+def tool(name):
+    """A program of tools/ as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def private_symbols(library):
-    """The undefined C++ symbols of torch that ``library`` needs: none of them is stable."""
-    text = run(["nm", "-D", "-C", "--undefined-only", library]).stdout
-    assert " U " in text  # nm read something
-    return [line.split(maxsplit=1)[-1] for line in text.splitlines() if PRIVATE.search(line)]
+gpu_pack = tool("gpu_pack")
 
 
 def libraries():
@@ -261,7 +263,7 @@ def libraries():
 @pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not on the PATH")
 @pytest.mark.parametrize("library", libraries(), ids=lambda p: p and p.name)
 def test_only_the_stable_abi_is_used(library):
-    assert private_symbols(library) == []
+    assert gpu_pack.private_symbols(library) == []
     needed = run(["readelf", "-d", library]).stdout
     assert "libtorch_python" not in needed and "libcudart" not in needed and "libtorch" in needed
     # what a library shows to others is its module's entry and nothing of the kernels
@@ -274,7 +276,34 @@ def test_only_the_stable_abi_is_used(library):
 def test_a_private_symbol_would_be_found(tmp_path):
     (tmp_path / "x.cpp").write_text("namespace c10 { void warn(int); }\nint f() { c10::warn(1); return 0; }\n")
     run(["c++", "-shared", "-fPIC", tmp_path / "x.cpp", "-o", tmp_path / "x.so"])
-    assert private_symbols(tmp_path / "x.so") == ["c10::warn(int)"]
+    assert gpu_pack.private_symbols(tmp_path / "x.so") == ["c10::warn(int)"]
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="nm is not on the PATH")
+@pytest.mark.skipif(not _dispatch._library_path("_C_cuda"), reason="lowmem/_C_cuda is not built here")
+def test_the_pack_for_a_gpu_machine(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "pack"
+    assert gpu_pack.main(["--out", str(out), "--no-peers"]) == 0
+    found = json.loads((out / "manifest.json").read_text())
+    assert found["faults"] == [] and "sm_90a" in found["gpus"]
+    assert sorted(p.name for p in (out / "lowmem").iterdir()) == ["_C.abi3.so", "_C_cuda.abi3.so"]
+    monkeypatch.setattr(gpu_pack, "ARCH", "sm_77a")
+    monkeypatch.setattr(gpu_pack, "LIMIT_MB", 0)
+    monkeypatch.setattr(gpu_pack, "GLIBC", (2, 1))
+    assert gpu_pack.main(["--out", str(out), "--no-peers"]) == 1
+    said = capsys.readouterr().err
+    assert "expected machine code for sm_77a, got sm_" in said and "expected at most 0 MB" in said and "glibc" in said
+
+
+def test_what_the_pack_takes_of_a_peer():
+    assert gpu_pack.wanted("bitsandbytes/libbitsandbytes_cuda130.so") and gpu_pack.wanted("torchao/utils.py")
+    for left in (
+        "bitsandbytes/libbitsandbytes_cuda128.so",
+        "torchao/_C_cutlass_90a.abi3.so",
+        "test/x.py",
+        "a/tests/b.py",
+    ):
+        assert not gpu_pack.wanted(left), left
 
 
 @pytest.mark.skipif(not _dispatch._library_path("_C"), reason="lowmem/_C is not built here")
