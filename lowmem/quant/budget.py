@@ -188,7 +188,8 @@ def assign_bits(
     if isinstance(model, nn.Module):
         from ..convert import _targets
 
-        weights: dict[str, Tensor] = {n: m.weight for n, m in _targets(model, target_modules).items()}
+        found = _targets(model, target_modules)
+        weights: dict[str, Tensor] = {n: m.weight for n, m in found.items() if isinstance(m, nn.Linear)}
     else:
         weights = dict(model)
     if not weights:
