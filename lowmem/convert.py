@@ -16,6 +16,7 @@ from .nn.lora_conv import FusedLoRAConv2d
 from .nn.lora_embedding import FusedLoRAEmbedding
 from .nn.lora_group import FusedLoRAGroup, groups_by_call, groups_by_name
 from .nn.lora_layer import PARTS, LoRALayer, check_adapter, lora_layers
+from .nn.quant import QuantLinear
 
 Model = TypeVar("Model", bound=nn.Module)
 KINDS = (nn.Linear, nn.Embedding, nn.Conv2d)  # what an adapter goes on
@@ -33,6 +34,8 @@ def why_not(module: nn.Module, head: nn.Module | None = None) -> str:
         return "already converted"
     if module is head:
         return "the output head"
+    if type(module) is QuantLinear:
+        return ""
     for kind in KINDS:
         if type(module) is kind:
             break

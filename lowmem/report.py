@@ -52,7 +52,7 @@ def saved_bytes_per_row(layer: LoRALayer) -> tuple[int, int]:
     """Bytes that ``layer`` saves for backward per row of its input while training: ``(x, which siblings over the same x
     share, S and mask)``: ``K * itemsize`` and ``r * itemsize + 4 * ceil(K / 32)`` (the last only with dropout and
     bits). A convolution's rows are pixels of its input, then of its output; an embedding's are ids of 8 bytes."""
-    name, item = layer.active_adapter, layer.weight.element_size()
+    name, item = layer.active_adapter, layer.dense_dtype.itemsize
     if isinstance(layer, FusedLoRAEmbedding):
         return 8, 0
     if not isinstance(layer, FusedLoRALinear):

@@ -377,7 +377,10 @@ BAD = [
     ({"dropout": 1.5}, r"dropout: expected a probability in \[0, 1\], got 1.5"),
     ({"mask": "byte"}, "mask: expected 'bits' or 'seed', got 'byte'"),
     ({"name": "a.b"}, "name: expected a non-empty string without dots"),
-    ({"base": torch.zeros(3, 3)}, r"base: expected a floating tensor of shape \[24, 40\], got \(3, 3\)"),
+    (
+        {"base": torch.zeros(3, 3)},
+        r"base: expected a floating tensor of shape \[24, 40\], or a QTensor, got \(3",
+    ),
     ({"adapter_dtype": torch.int8}, "adapter_dtype: expected a floating dtype, got torch.int8"),
 ]
 

@@ -79,7 +79,7 @@ def _parameters(layer: LoRALayer, name: str) -> dict[str, Tensor]:
 def _shapes(layer: LoRALayer, s: Settings) -> dict[str, tuple[int, ...]]:
     sides = _sides(isinstance(layer, FusedLoRAEmbedding))
     shapes = dict(zip(sides, layer.adapter_shapes(s.r), strict=True))
-    return shapes | ({MAGNITUDE: (layer.weight.shape[0],)} if s.use_dora else {})
+    return shapes | ({MAGNITUDE: (layer.adapter_shapes(s.r)[1][0],)} if s.use_dora else {})
 
 
 def _check_storage(op: str, what: str, tensor: Tensor) -> None:

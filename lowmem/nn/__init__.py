@@ -6,6 +6,7 @@ from .lora_embedding import FusedLoRAEmbedding
 from .lora_group import FusedLoRAGroup
 from .lora_layer import LoRALayer, disabled, lora_layers, set_adapter
 from .lora_multi import MultiLoRALinear, route, routed, train_adapters
+from .quant import QuantLinear
 from .randlora import RandLoRALinear
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FusedLoRALinear",
     "LoRALayer",
     "MultiLoRALinear",
+    "QuantLinear",
     "RandLoRALinear",
     "disabled",
     "lora_layers",

@@ -9,10 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .._dtypes import accumulate_dtype
 from .._errors import bad
-from ..ops.lora import Adapted, accumulate_dtype, lora_group, lora_linear
+from ..ops.lora import Adapted, lora_group, lora_linear
 from ..ops.lora_multi import multi_lora_linear
+from ..ops.quant import qmatmul
+from ..quant import QTensor, dequantize
 from .lora_layer import PARTS, LoRALayer, check_adapter
+from .quant import QuantLinear
 
 
 class FusedLoRALinear(LoRALayer, nn.Linear):
@@ -31,17 +35,20 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         alpha: numerator of the scale.
         dropout: drop probability of the adapter's input while training, in 1/65536ths.
         bias: give the layer a bias, ``[N]``.
-        base: ``[N, K]``, used as the weight without a copy; None makes a new weight, initialised as ``nn.Linear`` does.
+        base: ``[N, K]``, used as the weight without a copy, or a :class:`lowmem.quant.QTensor` of that shape (QLoRA,
+            arXiv 2305.14314); None makes a new weight, initialised as ``nn.Linear`` does.
         use_rslora: scale by ``alpha / sqrt(r)``.
-        adapter_dtype: dtype of A and B; None means fp32 over a 16-bit weight and the weight's dtype otherwise.
+        adapter_dtype: dtype of A and B; None means fp32 over a 16-bit weight (or one quantized from 16 bits) and the
+            weight's dtype otherwise.
         mask: ``"bits"`` keeps one bit an element for backward, ``"seed"`` draws the mask again there.
         use_dora, gate, train: see :meth:`add_adapter`.
         name: the first adapter's name.
         device, dtype: of a new weight.
 
-    ``state_dict`` keys: ``weight``, ``bias``, ``lora_A.<name>`` ``[r, K]``, ``lora_B.<name>`` ``[N, r]`` and, where
-    there are any, ``lora_gate.<name>`` ``[r]`` and ``lora_magnitude.<name>`` ``[N]``. A is initialised as in
-    ``nn.Linear``, B with zeros, a gate with ones, a magnitude with the norms of W's rows.
+    ``state_dict`` keys: ``weight`` (and :class:`lowmem.nn.QuantLinear`'s for a packed one), ``bias``,
+    ``lora_A.<name>`` ``[r, K]``, ``lora_B.<name>`` ``[N, r]`` and, where there are any, ``lora_gate.<name>`` ``[r]``
+    and ``lora_magnitude.<name>`` ``[N]``. A is initialised as in ``nn.Linear``, B with zeros, a gate with ones, a
+    magnitude with the norms of W's rows.
 
     Raises ValueError or TypeError ``lowmem.FusedLoRALinear: <argument>: expected ..., got ...``.
     """
@@ -57,7 +64,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         alpha: float,
         dropout: float = 0.0,
         bias: bool = False,
-        base: Tensor | None = None,
+        base: Tensor | QTensor | None = None,
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
         mask: Literal["bits", "seed"] = "bits",
@@ -80,12 +87,15 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         if base is None:
             nn.Linear.__init__(self, in_features, out_features, bias=bias, device=device, dtype=dtype)
         else:
-            if tuple(base.shape) != (out_features, in_features) or not base.is_floating_point():
+            if tuple(base.shape) != (out_features, in_features) or not base.dtype.is_floating_point:
                 got = f"{tuple(base.shape)} in {base.dtype}"
-                bad(op, "base", f"a floating tensor of shape [{out_features}, {in_features}]", got)
+                bad(op, "base", f"a floating tensor of shape [{out_features}, {in_features}], or a QTensor", got)
             nn.Module.__init__(self)
             self.in_features, self.out_features = in_features, out_features
-            self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
+            if isinstance(base, QTensor):
+                self.set_qtensor(base)
+            else:
+                self.weight = base if isinstance(base, nn.Parameter) else nn.Parameter(base, requires_grad=False)
             zeros = torch.zeros(out_features, device=base.device, dtype=base.dtype) if bias else None
             self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
         self._init_adapters(mask)
@@ -104,15 +114,18 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
 
     @classmethod
     def from_linear(cls, linear: nn.Linear, **options: Any) -> FusedLoRALinear:
-        """A layer over ``linear``'s own weight and bias parameters (shared, not copied; both are frozen). ``options``:
-        r, alpha and whatever else the constructor takes but sizes, base and bias."""
+        """A layer over the weight (dense or packed) and bias parameters of an ``nn.Linear`` or a
+        :class:`lowmem.nn.QuantLinear` (shared, not copied; all are frozen). ``options``: r, alpha and whatever else the
+        constructor takes but sizes, base and bias."""
         op = "FusedLoRALinear"
         if isinstance(linear, FusedLoRALinear):
             bad(op, "linear", "a plain nn.Linear", "a FusedLoRALinear", hint="add_adapter gives it another adapter")
-        if type(linear) is not nn.Linear:
+        if type(linear) not in (nn.Linear, QuantLinear):
             got = type(linear).__name__
-            bad(op, "linear", "an nn.Linear (no subclass: its own forward would be lost)", got, kind=TypeError)
-        layer = cls(linear.in_features, linear.out_features, base=linear.weight, **options)
+            want = "an nn.Linear or a QuantLinear (no subclass: its own forward would be lost)"
+            bad(op, "linear", want, got, kind=TypeError)
+        base = linear.base if isinstance(linear, QuantLinear) else linear.weight
+        layer = cls(linear.in_features, linear.out_features, base=base, **options)
         if linear.bias is not None:
             layer.bias = linear.bias
             layer.bias.requires_grad_(False)
@@ -129,6 +142,8 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         With only the gate training, backward keeps ``r`` numbers a row and no ``x``. At the start the layer computes
         what ``linear`` did, to within the rounding of ``W_e``. r is at most ``min(N, K)``.
         """
+        if isinstance(linear, QuantLinear):
+            bad("FusedLoRALinear", "linear", "a dense weight, which from_svd writes", f"{linear.qspec}", kind=TypeError)
         rank = min(linear.weight.shape)
         if isinstance(r, bool) or not isinstance(r, int) or not 1 <= r <= rank:
             bad("FusedLoRALinear", "r", f"an integer in [1, {rank}]", repr(r))
@@ -138,12 +153,27 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         layer.lora_A[name].copy_(vt[:r])
         layer.lora_B[name].copy_(u[:, :r])
         layer.lora_gate[name].copy_(sigma[:r])
-        layer._add_to_weight(-1.0)
+        layer._add_to(layer.weight, -1.0)
         return layer
 
     def adapter_shapes(self, r: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """``[r, K]`` and ``[N, r]``."""
         return (r, self.in_features), (self.out_features, r)
+
+    @torch.no_grad()
+    def merged_linear(self, dtype: torch.dtype | None = None) -> nn.Linear:
+        """A plain ``nn.Linear`` with ``W + scale * B A`` (gate and magnitude included) in ``dtype`` (default: the
+        weight's, or the one that a packed base was quantized from); this layer stays as it is."""
+        base, wide = self.base, accumulate_dtype(self.dense_dtype)
+        dense = dequantize(base, wide) if isinstance(base, QTensor) else base.to(wide, copy=True)
+        if self.merged is None:
+            self._add_to(dense, 1.0, after=self._row_factor(self.active_adapter))
+        linear = nn.Linear(1, 1, bias=False, device=dense.device)
+        linear.in_features, linear.out_features = self.in_features, self.out_features
+        linear.weight = nn.Parameter(dense.to(dtype or self.dense_dtype), requires_grad=False)
+        if self.bias is not None:
+            linear.bias = nn.Parameter(self.bias.detach().to(linear.weight.dtype, copy=True), requires_grad=False)
+        return linear.train(self.training)
 
     # ------------------------------------------------------------------------------------------------------- forward
 
@@ -157,7 +187,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         name = self.active_adapter
         p = self.dropout[name] if self.training else 0.0
         return Adapted(
-            self.weight,
+            self.base,
             self.lora_A[name],
             self.lora_B[name],
             self.scaling(name),
@@ -172,7 +202,10 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         if self._disabled and self.merged is not None:
             return self._base_of_merged(input)
         if self._disabled or self.merged is not None:
-            return F.linear(input, self.weight, self.bias)
+            base = self.base
+            if isinstance(base, QTensor):
+                return qmatmul(input, base, bias=self.bias)
+            return F.linear(input, base, self.bias)
         if self.routing is not None:
             return self.routed_forward(input, self.routing)
         factor = self._row_factor(self.active_adapter)
@@ -199,7 +232,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         ps = [self.dropout[name] if self.training else 0.0 for name in names]
         return multi_lora_linear(
             input,
-            self.weight,
+            self.base,
             [self.lora_A[name] for name in names],
             [self.lora_B[name] for name in names],
             [self.scaling(name) for name in names],
@@ -216,6 +249,6 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         a, b = (t.to(input.dtype) for t in self._delta(self.active_adapter))
         factor = self.merged_factor
         if factor is None:
-            return lora_linear(input, self.weight, a, b, -1.0, bias=self.bias)
-        y = lora_linear(input, self.weight, a, b * factor[:, None].to(b.dtype), -1.0) / factor.to(input.dtype)
+            return lora_linear(input, self.base, a, b, -1.0, bias=self.bias)
+        y = lora_linear(input, self.base, a, b * factor[:, None].to(b.dtype), -1.0) / factor.to(input.dtype)
         return y if self.bias is None else y + self.bias

@@ -10,9 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._dtypes import accumulate_dtype
 from .._errors import bad
-from ..ops.lora import accumulate_dtype
+from ..quant import QTensor, dequantize, quantize
+from ..quant.qtensor import TENSORS
 from .dora import merged_row_norms, row_norms_squared
+from .quant import PackedWeight
 
 MERGE_ROWS = 1024  # rows of W that merge() holds in fp32 at a time
 PARTS = ("A", "B", "gate", "magnitude")  # what an adapter may be made of: the attributes lora_<part>
@@ -30,7 +33,7 @@ def check_adapter(op: str, name: str, r: int, alpha: float, dropout: float) -> N
         bad(op, "dropout", "a probability in [0, 1]", repr(dropout))
 
 
-class LoRALayer(nn.Module):
+class LoRALayer(PackedWeight):
     """A frozen module with low-rank adapters under different names, one of them active: the part of
     :class:`FusedLoRALinear`, :class:`FusedLoRAEmbedding` and :class:`FusedLoRAConv2d` that does not depend on what the
     module computes.
@@ -42,7 +45,7 @@ class LoRALayer(nn.Module):
     _version = 1
     op = "LoRALayer"  # in whose name errors are raised
     only_plain = ""  # why this kind of layer has no DoRA and no gate; '' where it has
-    weight: Tensor
+    weight: Any
     merged_factor: Tensor | None
     _row_norms_squared: Tensor | None
 
@@ -108,12 +111,12 @@ class LoRALayer(nn.Module):
         for argument, given in (("use_dora", use_dora), ("gate", gate)):
             if given and self.only_plain:
                 bad(op, argument, f"False ({self.only_plain})", given)
-        device, dtype = self.weight.device, adapter_dtype or accumulate_dtype(self.weight.dtype)
+        device, dtype = self.weight.device, adapter_dtype or accumulate_dtype(self.dense_dtype)
         parts = self._new_parts(r, device, dtype)
         if gate:
             parts["gate"] = torch.ones(r, device=device, dtype=dtype)
         if use_dora:
-            self._row_norms_squared = row_norms_squared(self.weight)
+            self._row_norms_squared = row_norms_squared(self.base)
             parts["magnitude"] = self._row_norms_squared.sqrt().to(dtype)
         for part, value in parts.items():
             getattr(self, f"lora_{part}")[name] = nn.Parameter(value, requires_grad=False)
@@ -159,9 +162,14 @@ class LoRALayer(nn.Module):
 
     # --------------------------------------------------------------------------------------------------------- merge
 
-    def merge(self) -> None:
+    def merge(self) -> float | None:
         """``W += scale * B A`` with the active adapter (gate and magnitude included), computed in fp32 and rounded
-        once; forward then costs one GEMM. Refused, with W untouched, where the adapter holds NaN or infinity."""
+        once; forward then costs one GEMM. Refused, with W untouched, where the adapter holds NaN or infinity.
+
+        A packed base is dequantized, summed and quantized again in its own format (absmax), which takes ``N * K`` fp32
+        numbers meanwhile and cannot be undone. Returns the relative error of that,
+        ``|deq(Q') - (W + delta)| / |W + delta|`` in the Frobenius norm; None for a dense base.
+        :meth:`FusedLoRALinear.merged_linear` merges into a dense layer instead."""
         if self.merged is not None:
             bad(self.op, "merge", "a layer that is not merged", f"{self.merged!r} merged")
         if self.tied_to:
@@ -169,23 +177,44 @@ class LoRALayer(nn.Module):
             bad(self.op, "merge", "a weight that no other module reads", f"one tied to {self.tied_to}", hint=hint)
         name = self.active_adapter
         factor = self._row_factor(name)
-        self._add_to_weight(1.0, after=factor)
+        base, error = self.base, None
+        if isinstance(base, QTensor):
+            dense = dequantize(base, accumulate_dtype(base.dtype))
+            self._add_to(dense, 1.0, after=factor)
+            error = self._requantize(base, dense)
+        else:
+            self._add_to(base, 1.0, after=factor)
         self.merged_factor = None if factor is None else factor.detach()
         self.merged = name
+        return error
+
+    @torch.no_grad()
+    def _requantize(self, base: QTensor, dense: Tensor) -> float:
+        """Write ``dense`` into ``base``'s own tensors, as merging writes a dense weight; the relative error of it."""
+        q = quantize(dense, base.spec)
+        for part in TENSORS:
+            if (value := getattr(q, part)) is not None:
+                getattr(base, part).copy_(value)
+        size = float(torch.linalg.vector_norm(dense))
+        dense.sub_(dequantize(base, dense.dtype))
+        return float(torch.linalg.vector_norm(dense)) / size if size > 0 else 0.0
 
     def unmerge(self) -> None:
         """Take the merged adapter out of W again: exact in fp64 and fp32 but for one rounding, in 16 bits to within one
         rounding of the merged weight."""
         if self.merged is None:
             bad(self.op, "unmerge", "a merged layer", "a layer that is not merged")
+        if self.qspec is not None:
+            hint = "keep the packed base's state_dict before merge(), or use merged_linear()"
+            bad(self.op, "unmerge", "a dense base", f"{self.qspec.format}, quantized again", hint=hint)
         factor = self.merged_factor
-        self._add_to_weight(-1.0, before=None if factor is None else 1.0 / factor)
+        self._add_to(self.weight, -1.0, before=None if factor is None else 1.0 / factor)
         self.merged = self.merged_factor = self._row_norms_squared = None
 
     def _delta(self, name: str) -> tuple[Tensor, Tensor]:
         """``a`` ``[r, columns]`` and ``b`` ``[rows, r]`` in the accumulation dtype: merging adds ``b a`` to the weight,
         seen as a matrix of its rows. Here ``A`` and ``scale * B * gate``."""
-        dtype = accumulate_dtype(self.weight.dtype)
+        dtype = accumulate_dtype(self.dense_dtype)
         b = self.lora_B[name].flatten(1).to(dtype) * self.scaling(name)
         a = self.lora_A[name].flatten(1).to(dtype)
         return a, b * self.lora_gate[name].to(dtype) if name in self.lora_gate else b
@@ -198,24 +227,26 @@ class LoRALayer(nn.Module):
             a, b = self._delta(name)
             squared = self._row_norms_squared
             if squared is None or squared.dtype != a.dtype:  # W was written, or module.to(dtype) was called
-                self._row_norms_squared = squared = row_norms_squared(self.weight)
-            norms = merged_row_norms(self.weight, squared, a, b)
+                self._row_norms_squared = squared = row_norms_squared(self.base)
+            norms = merged_row_norms(self.base, squared, a, b)
         return self.lora_magnitude[name] / norms
 
     @torch.no_grad()
-    def _add_to_weight(self, sign: float, *, before: Tensor | None = None, after: Tensor | None = None) -> None:
+    def _add_to(
+        self, weight: Tensor, sign: float, *, before: Tensor | None = None, after: Tensor | None = None
+    ) -> None:
         a, b = self._delta(self.active_adapter)
         if not all(bool(torch.isfinite(t).all()) for t in (a, b, before, after) if t is not None):
             got = "NaN or infinity"
             bad(self.op, self.active_adapter, "finite adapter weights", got, hint="the weight is untouched")
-        for start in range(0, self.weight.shape[0], MERGE_ROWS):
+        for start in range(0, weight.shape[0], MERGE_ROWS):
             block = slice(start, start + MERGE_ROWS)
-            rows = self.weight[block].to(a.dtype).flatten(1)
+            rows = weight[block].to(a.dtype).flatten(1)
             if before is not None:
                 rows = rows * before[block, None]
             rows = torch.addmm(rows, b[block], a, alpha=sign)
             rows = rows if after is None else rows * after[block, None]
-            self.weight[block] = rows.view(-1, *self.weight.shape[1:])
+            weight[block] = rows.view(-1, *weight.shape[1:])
 
     def extra_repr(self) -> str:
         """torch's own line and the adapters'."""

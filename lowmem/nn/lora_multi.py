@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .._errors import bad
 from .lora import FusedLoRALinear
 from .lora_layer import lora_layers
+from .quant import QuantLinear
 
 
 class Routing(NamedTuple):
@@ -136,7 +137,7 @@ class MultiLoRALinear(FusedLoRALinear):
     """A linear layer with several adapters that train together, each on its own rows of the batch.
 
     Args:
-        base: an ``nn.Linear``; its parameters are shared and frozen.
+        base: an ``nn.Linear`` or a :class:`lowmem.nn.QuantLinear`; its parameters are shared and frozen.
         adapters: name to the options of :meth:`FusedLoRALinear.add_adapter` (``r``, ``alpha``, ...), any number of
             them. Adapter ids count them in this order.
     """
@@ -144,10 +145,11 @@ class MultiLoRALinear(FusedLoRALinear):
     def __init__(self, base: nn.Linear, adapters: Mapping[str, Mapping[str, Any]]) -> None:
         if not adapters:
             bad("MultiLoRALinear", "adapters", "at least one adapter", "none")
-        if type(base) is not nn.Linear:
-            bad("MultiLoRALinear", "base", "an nn.Linear", type(base).__name__, kind=TypeError)
+        if type(base) not in (nn.Linear, QuantLinear):
+            bad("MultiLoRALinear", "base", "an nn.Linear or a QuantLinear", type(base).__name__, kind=TypeError)
         first, *others = adapters
-        super().__init__(base.in_features, base.out_features, base=base.weight, name=first, **adapters[first])
+        weight = base.base if isinstance(base, QuantLinear) else base.weight
+        super().__init__(base.in_features, base.out_features, base=weight, name=first, **adapters[first])
         if base.bias is not None:
             self.bias = base.bias
             self.bias.requires_grad_(False)

@@ -28,15 +28,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch import define
+from .._dtypes import accumulate_dtype
 from .._errors import bad
+from ..quant.qtensor import QTensor
 from .philox import inv_keep, keep_mask, pack_bits, unpack_bits
-
-_HALF = (torch.float16, torch.bfloat16)
-
-
-def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp32 for 16-bit floats, otherwise the dtype itself."""
-    return torch.float32 if dtype in _HALF else dtype
 
 
 def _mask_words(x: Tensor, p: float, save_mask: bool) -> tuple[int, ...]:
@@ -236,7 +231,8 @@ define("lora_da", DA, fake=da_fake, reference=da_reference, cpp=("cpu",), cuda=_
 # ---------------------------------------------------------------------------------------------------------- autograd
 
 
-TENSORS = 6  # of one child: base, bias, A, B, gate, seed
+# of one child: base (a packed base: its bytes), bias, A, B, gate, seed, and a packed base's other five tensors
+TENSORS = 11
 
 
 def _below_autograd() -> bool:
@@ -266,7 +262,7 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def _forward(
-        ctx: Any, x: Tensor, settings: tuple[tuple[float, float, int], ...], save_mask: bool, *tensors: Tensor | None
+        ctx: Any, x: Tensor, settings: tuple[tuple[Any, ...], ...], save_mask: bool, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         ops = torch.ops.lowmem
         rows = x.reshape(-1, x.shape[-1])
@@ -274,16 +270,22 @@ class _LoRALinear(torch.autograd.Function):
         saved: list[Tensor | None] = []
         outputs = []
         need_rows = False
-        for i, (scale, p, child) in enumerate(settings):
-            base, bias, a, b, gate, seed = tensors[TENSORS * i : TENSORS * (i + 1)]
-            need_w, _, need_a, need_b, need_gate, _ = needs[TENSORS * i : TENSORS * (i + 1)]
+        for i, (scale, p, child, packed) in enumerate(settings):
+            base, bias, a, b, gate, seed, *parts = tensors[TENSORS * i : TENSORS * (i + 1)]
+            need_w, _, need_a, need_b, need_gate = needs[TENSORS * i : TENSORS * i + 5]
             bits = save_mask and p > 0 and (need_x or need_a)
             s, mask = ops.lora_shrink(rows, a, scale, p, seed, child, bits)
-            y = ops.lora_expand(rows, base, s if gate is None else s * gate.to(s.dtype), b, bias)
+            gated = s if gate is None else s * gate.to(s.dtype)
+            if packed is None:
+                y = ops.lora_expand(rows, base, gated, b, bias)
+            else:  # the rank-r term is accumulated onto the packed product where it lies
+                y = ops.quant_matmul(rows, base, *parts, *packed, 0, bias, False)
+                assert b is not None
+                ops.lora_masked_expand_(y, gated, b.T, None, 0.0, None, 0, True)
             outputs.append(y.view(*x.shape[:-1], y.shape[-1]))
             need_rows = need_rows or need_w or need_a
             s_kept = s if need_b or need_gate else None
-            saved += (base, a, b, gate, s_kept, mask if bits else None, None if bits else seed)
+            saved += (base, a, b, gate, s_kept, mask if bits else None, None if bits else seed, *parts)
         # x is saved as it came, so that layers over one input share its storage; W, A, B are parameters, not copies
         ctx.save_for_backward(x if need_rows else None, *saved)
         ctx.settings = settings
@@ -299,9 +301,9 @@ class _LoRALinear(torch.autograd.Function):
         dx: Any = None
         lead: Any = None
         grads: list[Tensor | None] = []
-        for i, (scale, p, child) in enumerate(ctx.settings):
-            base, a, b, gate, s, mask, seed = saved[7 * i : 7 * (i + 1)]
-            need_w, need_bias, need_a, need_b, need_gate, _ = needs[TENSORS * i : TENSORS * (i + 1)]
+        for i, (scale, p, child, packed) in enumerate(ctx.settings):
+            base, a, b, gate, s, mask, seed, *parts = saved[(TENSORS + 1) * i : (TENSORS + 1) * (i + 1)]
+            need_w, need_bias, need_a, need_b, need_gate = needs[TENSORS * i : TENSORS * i + 5]
             grad = upstream[i]
             if grad is None:
                 grads += [None] * TENSORS
@@ -320,7 +322,11 @@ class _LoRALinear(torch.autograd.Function):
                 dgate = (ds.to(accumulate_dtype(ds.dtype)) * s).sum(0).to(gate.dtype)
             if g is not None and (need_x or need_a):
                 ds = ds * (g * scale)
-            if need_x and dx is None:
+            if need_x and packed is not None:
+                product = ops.quant_matmul(dy, base, *parts, *packed, 0, None, True)
+                dx = product if dx is None else dx.add_(product)
+                ops.lora_masked_expand_(dx, ds, a, mask, p, seed, child, True)
+            elif need_x and dx is None:
                 dx = ops.lora_dx(dy, base, ds, a, mask, p, seed, child)
             elif need_x:
                 ops.lora_masked_expand_(dx, ds, a, mask, p, seed, child, True)
@@ -328,14 +334,15 @@ class _LoRALinear(torch.autograd.Function):
                     dx.addmm_(dy, base)
             if need_a:
                 da = ops.lora_da(ds, rows, mask, p, seed, child).to(a.dtype)
-            grads += (dy.T @ rows if need_w else None, dy.sum(0) if need_bias else None, da, db, dgate, None)
+            dw = dy.T @ rows if need_w else None
+            grads += (dw, dy.sum(0) if need_bias else None, da, db, dgate, *[None] * (TENSORS - 5))
         return None if dx is None else dx.view(*lead, dx.shape[1]), None, None, *grads
 
 
 class Adapted(NamedTuple):
     """One adapted layer of :func:`lora_group`: the arguments of :func:`lora_linear` but x."""
 
-    base: Tensor | None
+    base: Tensor | QTensor | None
     A: Tensor
     B: Tensor
     scale: float
@@ -361,7 +368,7 @@ def _check(op: str, x: Tensor, layer: Adapted) -> None:
     if base is not None:
         if tuple(base.shape) != (n, k):
             bad(op, "base", f"shape [{n}, {k}] (B's rows, x's last dimension)", f"shape {tuple(base.shape)}")
-        if base.dtype != x.dtype:
+        if not isinstance(base, QTensor) and base.dtype != x.dtype:
             bad(
                 op,
                 "base",
@@ -377,7 +384,7 @@ def _check(op: str, x: Tensor, layer: Adapted) -> None:
     for name, t in (("base", base), ("A", a), ("B", b), ("bias", bias), ("gate", gate)):
         if t is None:
             continue
-        if not t.is_floating_point():
+        if not isinstance(t, QTensor) and not t.is_floating_point():
             bad(op, name, "a floating dtype", t.dtype, kind=TypeError)
         if t.device != x.device:
             bad(op, name, f"device {x.device} (x's)", f"device {t.device}")
@@ -398,7 +405,7 @@ def _check(op: str, x: Tensor, layer: Adapted) -> None:
 
 def lora_linear(
     x: Tensor,
-    base: Tensor | None,
+    base: Tensor | QTensor | None,
     A: Tensor,  # noqa: N803 (the field's names)
     B: Tensor,  # noqa: N803
     scale: float,
@@ -415,7 +422,8 @@ def lora_linear(
 
     Args:
         x: ``[..., K]``, float; any leading shape, zero rows included.
-        base: ``[N, K]`` in ``x.dtype``, or None for the low-rank term alone.
+        base: ``[N, K]`` in ``x.dtype``, a :class:`lowmem.quant.QTensor` of that shape (QLoRA, 2305.14314: frozen, read
+            from its bytes in forward and in backward), or None for the low-rank term alone.
         A: ``[r, K]``; B: ``[N, r]``; any r >= 1, any floating dtype (rounded to ``x.dtype`` where a tensor core
             needs it).
         scale: usually ``alpha / r``, or ``alpha / sqrt(r)`` for rsLoRA.
@@ -461,7 +469,7 @@ def _run(x: Tensor, layers: tuple[Adapted, ...], save_mask: bool) -> tuple[Tenso
             x = x.to(dtype)
             layers = tuple(
                 layer._replace(
-                    base=None if layer.base is None else layer.base.to(dtype),
+                    base=layer.base.to(dtype) if isinstance(layer.base, Tensor) else layer.base,
                     bias=None if layer.bias is None else layer.bias.to(dtype),
                 )
                 for layer in layers
@@ -473,6 +481,12 @@ def _run(x: Tensor, layers: tuple[Adapted, ...], save_mask: bool) -> tuple[Tenso
     tensors: list[Tensor | None] = []
     for layer in layers:
         _check(op, x, layer)
-        settings.append((layer.scale, layer.p, layer.child))
-        tensors += (layer.base, layer.bias, layer.A, layer.B, layer.gate, layer.seed if layer.p > 0 else None)
+        base, packed = layer.base, None
+        parts: tuple[Tensor | None, ...] = (None,) * 5
+        if isinstance(base, QTensor):
+            packed = (base.spec.code, *base.shape)
+            base, *rest = base.tensors()
+            parts = tuple(rest)
+        settings.append((layer.scale, layer.p, layer.child, packed))
+        tensors += (base, layer.bias, layer.A, layer.B, layer.gate, layer.seed if layer.p > 0 else None, *parts)
     return _LoRALinear.apply(x, tuple(settings), save_mask, *tensors)

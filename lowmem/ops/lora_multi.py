@@ -21,8 +21,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .._dispatch import define
+from .._dtypes import accumulate_dtype
 from .._errors import bad
-from .lora import accumulate_dtype
+from ..quant.qtensor import QTensor
+from .quant import qmatmul
 
 
 def _segments(order: Tensor | None, offsets: Tensor, ranks: list[int]) -> Iterator[tuple[int, slice, Any]]:
@@ -273,7 +275,7 @@ class _MultiLoRALinear(torch.autograd.Function):
 
 def multi_lora_linear(
     x: Tensor,
-    base: Tensor | None,
+    base: Tensor | QTensor | None,
     A: Sequence[Tensor],  # noqa: N803
     B: Sequence[Tensor],  # noqa: N803
     scales: Sequence[float],
@@ -290,7 +292,7 @@ def multi_lora_linear(
 
     Args:
         x: ``[..., K]``, M rows in all.
-        base: ``[N, K]`` or None; bias: ``[N]`` or None, in ``x.dtype``.
+        base: ``[N, K]`` in ``x.dtype``, a :class:`lowmem.quant.QTensor` or None; bias: ``[N]`` in ``x.dtype`` or None.
         A, B: J tensors ``[r_j, K]`` and ``[N, r_j]``, each of its own rank.
         scales: J numbers; ps: J drop probabilities (default: none).
         offsets: int64 ``[J + 1]`` on x's device, ascending, within ``[0, M]``: adapter j owns rows
@@ -303,6 +305,11 @@ def multi_lora_linear(
     Returns ``[..., N]``. Saved for backward: ``x``, ``S`` ``[M, max r_j]``, bits or seeds, ``order`` and ``offsets``.
     """
     op = "multi_lora_linear"
+    if isinstance(base, QTensor):
+        rest = multi_lora_linear(
+            x, None, A, B, scales, offsets, order=order, bias=bias, ps=ps, seeds=seeds, save_mask=save_mask
+        )
+        return qmatmul(x, base).add_(rest)
     count = len(A)
     ps = tuple(ps) if ps is not None else (0.0,) * count
     if count < 1:

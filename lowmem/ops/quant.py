@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from .._dispatch import define, serving
+from .._dtypes import accumulate_dtype
 from .._errors import bad
 from ..memory.workspace import WORKSPACE
 from ..quant.formats import PER_CHANNEL, QuantSpec, code_table, pack_codes, row_bytes, unpack_codes
-from .lora import accumulate_dtype
 
 if TYPE_CHECKING:
     from ..quant.qtensor import QTensor
