@@ -15,6 +15,7 @@ from ..ops.lora import Adapted, lora_group, lora_linear
 from ..ops.lora_multi import multi_lora_linear
 from ..ops.quant import qmatmul
 from ..quant import QTensor, dequantize
+from .dora import scaled
 from .lora_layer import PARTS, LoRALayer, check_adapter
 from .quant import QuantLinear
 
@@ -216,8 +217,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         (y,) = lora_group(input, (self.adapted(input.device),), save_mask=self.mask == "bits")
         if factor is None:
             return y
-        factor = factor.to(y.dtype)
-        return y * factor if self.bias is None else torch.addcmul(self.bias.to(y.dtype), y, factor)
+        return scaled(y, factor, self.bias)
 
     def routed_forward(self, input: Tensor, routing: Any) -> Tensor:  # noqa: A002
         """Each row through its own adapter (:func:`lowmem.nn.route`); see :func:`lowmem.ops.multi_lora_linear`."""

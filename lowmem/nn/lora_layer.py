@@ -224,11 +224,15 @@ class LoRALayer(PackedWeight):
         if name not in self.lora_magnitude:
             return None
         with torch.no_grad():
-            a, b = self._delta(name)
+            dtype = accumulate_dtype(self.weight.dtype)
             squared = self._row_norms_squared
-            if squared is None or squared.dtype != a.dtype:  # W was written, or module.to(dtype) was called
+            if squared is None or squared.dtype != dtype:  # W was written, or module.to(dtype) was called
                 self._row_norms_squared = squared = row_norms_squared(self.base)
-            norms = merged_row_norms(self.base, squared, a, b)
+            a, b = self.lora_A[name], self.lora_B[name]
+            c = torch.full((a.shape[0],), self.scaling(name), device=a.device, dtype=dtype)
+            if name in self.lora_gate:
+                c *= self.lora_gate[name]
+            norms = merged_row_norms(self.base, squared, a, b, c)
         return self.lora_magnitude[name] / norms
 
     @torch.no_grad()
