@@ -1,5 +1,16 @@
-"""What ties this package to others': adapters in PEFT's folder format."""
+"""What ties this package to others': adapters in PEFT's folder format, quantized weights of other packages."""
 
+from .bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
 from .peft_format import load_adapter, save_adapter
+from .quant_formats import from_awq, from_gptq, from_hqq, from_torchao
 
-__all__ = ["load_adapter", "save_adapter"]
+__all__ = [
+    "from_awq",
+    "from_bitsandbytes",
+    "from_gptq",
+    "from_hqq",
+    "from_torchao",
+    "load_adapter",
+    "save_adapter",
+    "to_bitsandbytes",
+]
