@@ -1,5 +1,6 @@
 """The public functions of every operator family; ``torch.ops.lowmem.*`` are the operators below them."""
 
+from . import lowrank  # its operators have no public function: optim.ProjAdamW calls them
 from .lora import Adapted, lora_group, lora_linear
 from .lora_conv import lora_conv2d
 from .lora_embedding import lora_embedding
@@ -13,6 +14,7 @@ __all__ = [
     "lora_embedding",
     "lora_group",
     "lora_linear",
+    "lowrank",
     "multi_lora_linear",
     "qmatmul",
     "qscale_grad",

@@ -1,5 +1,28 @@
 """Optimizers and what goes beside them."""
 
+from .codec import register_codec
+from .groups import lowrank_groups
 from .lora import lora_plus_groups, prox_l1_
+from .policy import FisherWindow, OnConverged, OnSimilar
+from .presets import FRUGAL, AdaRankGrad, Apollo, ApolloMini, Fira, GaLore, GradNormLoRP, NaturalGaLore, QGaLore
+from .proj_adamw import ProjAdamW
 
-__all__ = ["lora_plus_groups", "prox_l1_"]
+__all__ = [
+    "FRUGAL",
+    "AdaRankGrad",
+    "Apollo",
+    "ApolloMini",
+    "Fira",
+    "FisherWindow",
+    "GaLore",
+    "GradNormLoRP",
+    "NaturalGaLore",
+    "OnConverged",
+    "OnSimilar",
+    "ProjAdamW",
+    "QGaLore",
+    "lora_plus_groups",
+    "lowrank_groups",
+    "prox_l1_",
+    "register_codec",
+]
