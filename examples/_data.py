@@ -1,4 +1,4 @@
-"""Text for ``finetune.py``: what every machine has, or what the user names; a tokenizer; batches of token windows."""
+"""Text for the examples: what every machine has, or what the user names; a tokenizer; batches of token windows."""
 
 from __future__ import annotations
 
@@ -175,6 +175,21 @@ def encode(tokenizer, texts: list[str]) -> torch.Tensor:
     for text in texts:
         ids += tokenizer.encode(text, add_special_tokens=False, verbose=False) + end
     return torch.tensor(ids, dtype=torch.long)
+
+
+def samples(tokenizer, texts: list[str], count: int, longest: int, seed: int) -> list[torch.Tensor]:
+    """``count`` samples of 8 to ``longest`` tokens: whole paragraphs, cut where they are longer, in an order drawn from
+    ``seed``."""
+    paragraphs = [p for text in texts for p in re.split(r"\n\s*\n", text) if len(p) > 40]
+    random.Random(seed).shuffle(paragraphs)
+    made: list[torch.Tensor] = []
+    for paragraph in paragraphs:
+        ids = tokenizer.encode(paragraph, add_special_tokens=False, verbose=False)[:longest]
+        if len(ids) >= 8:
+            made.append(torch.tensor(ids, dtype=torch.long))
+        if len(made) == count:
+            return made
+    raise UsageError(f"text: expected at least {count} paragraphs of 8 tokens, got {len(made)}")
 
 
 def random_windows(stream: torch.Tensor, steps: int, batch: int, seq: int, seed: int, what: str) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""What ``finetune.py`` measures: peak memory of a step, and bytes held by parameters, gradients and optimizer."""
+"""What the examples measure: peak memory of a step, and bytes held by parameters, gradients and optimizer."""
 
 from __future__ import annotations
 

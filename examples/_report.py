@@ -1,4 +1,4 @@
-"""How ``finetune.py`` shows itself: progress, the table, the picture."""
+"""How the examples show themselves: progress, the table, the picture."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def bar(out: Console, title: str, total: int) -> Iterator[Bar]:
 # --------------------------------------------------------------------------------------------------------------- table
 
 
-def _mib(value: int) -> str:
+def mib(value: int) -> str:
     return f"{value / MIB:,.1f} MiB" if value < 100 * MIB else f"{value / MIB:,.0f} MiB"
 
 
@@ -77,17 +77,17 @@ def _rows(results: dict[str, Any]) -> list[tuple[str, str, str, str] | None]:
         None,
         row("tokens/s (forward, backward, update)", "tokens_per_s", "{:,.0f}".format),
         None,
-        row(f"saved for backward, {dtype} adapters", "saved_bytes", _mib),
+        row(f"saved for backward, {dtype} adapters", "saved_bytes", mib),
     ]
     if one.get("saved_bytes_other"):
-        rows.append(row(f"saved for backward, {other} adapters", "saved_bytes_other", _mib))
+        rows.append(row(f"saved for backward, {other} adapters", "saved_bytes_other", mib))
     rows += [
-        row(peak, "peak_bytes", _mib),
+        row(peak, "peak_bytes", mib),
         None,
-        row("frozen parameters, one copy for both", "frozen", _mib),
-        row("adapter parameters", "trained", _mib),
-        row("gradients", "gradients", _mib),
-        row("optimizer state", "optimizer", _mib),
+        row("frozen parameters, one copy for both", "frozen", mib),
+        row("adapter parameters", "trained", mib),
+        row("gradients", "gradients", mib),
+        row("optimizer state", "optimizer", mib),
     ]
     return rows
 

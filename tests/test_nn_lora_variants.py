@@ -151,6 +151,12 @@ def test_gate_against_autograd_of_the_formula():
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
 
+def test_gate_saves_what_lora_saves():
+    x = torch.randn(48, 64, dtype=torch.bfloat16, requires_grad=True)
+    plain, gated = (layer(64, 32, dtype=torch.bfloat16, dropout=0.1, gate=gate).train() for gate in (False, True))
+    assert saved_bytes(lambda: gated(x)) == saved_bytes(lambda: plain(x)) == 48 * (2 * 64 + 2 * 4 + 64 // 8)
+
+
 @pytest.mark.parametrize("scale", [0.0, 3.0])
 def test_gate_gradcheck(scale):
     x, a, b, g = (torch.randn(*s, dtype=F64, requires_grad=True) for s in [(5, 9), (3, 9), (4, 3), (3,)])
@@ -212,6 +218,8 @@ def test_lora_fa_saves_s_alone():
     fused = layer(64, 32, dtype=torch.bfloat16, train=("B",))
     x = torch.randn(48, 64, dtype=torch.bfloat16, requires_grad=True)
     assert saved_bytes(lambda: fused(x)) == 48 * 4 * 2
+    dropping = layer(64, 32, dtype=torch.bfloat16, train=("B",), dropout=0.1)
+    assert saved_bytes(lambda: dropping(x)) == 48 * (4 * 2 + 64 // 8)  # and the bits, for dx
     assert not fused.lora_A["default"].requires_grad and fused.lora_B["default"].requires_grad
     with pytest.raises(ValueError, match="train: expected a collection of A, B, gate, magnitude"):
         layer(train=("C",))
@@ -222,6 +230,14 @@ def test_lora_plus_groups():
     groups = lora_plus_groups(model, 1e-3, ratio=8.0, weight_decay=0.1)
     assert [g["lr"] for g in groups] == [1e-3, 8e-3] and [g["weight_decay"] for g in groups] == [0.1, 0.1]
     assert groups[1]["params"][0] is model[0].lora_B["default"] and len(groups[0]["params"]) == 3
+    grouped = [p for group in groups for p in group["params"]]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    assert sum(p.nbytes for p in grouped) == sum(p.nbytes for p in trained) and len({*map(id, grouped)}) == len(trained)
+    table = lowmem.nn.FusedLoRAEmbedding(nn.Embedding(9, 4), r=2, alpha=2)
+    slow, fast = lora_plus_groups(nn.Sequential(table, layer(4, 4)), 1e-3)
+    assert len(fast["params"]) == 1 and {id(table.lora_A["default"]), id(table.lora_B["default"])} <= {
+        id(p) for p in slow["params"]
+    }
     torch.optim.AdamW(groups)
     with pytest.raises(ValueError, match="lowmem.lora_plus_groups: model: expected a FusedLoRALinear whose B trains"):
         lora_plus_groups(nn.Linear(2, 2), 1e-3)
