@@ -6,6 +6,7 @@ from .lora_embedding import FusedLoRAEmbedding
 from .lora_group import FusedLoRAGroup
 from .lora_layer import LoRALayer, disabled, lora_layers, set_adapter
 from .lora_multi import MultiLoRALinear, route, routed, train_adapters
+from .lrqat import LRQATLinear
 from .quant import QuantLinear
 from .randlora import RandLoRALinear
 
@@ -14,6 +15,7 @@ __all__ = [
     "FusedLoRAEmbedding",
     "FusedLoRAGroup",
     "FusedLoRALinear",
+    "LRQATLinear",
     "LoRALayer",
     "MultiLoRALinear",
     "QuantLinear",

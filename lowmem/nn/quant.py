@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -133,7 +134,8 @@ class QuantLinear(PackedWeight, nn.Linear):
 
     Make one with :meth:`from_linear` or :meth:`from_qtensor`. ``weight`` holds the bytes (uint8); there is no dense
     copy before, during or after a call beyond the shared scratch, in training and in evaluation alike, and no mode in
-    which gradients stop. Saved for backward: nothing but the packed weight itself.
+    which gradients stop. Saved for backward: nothing but the packed weight itself. Its scales may train
+    (:meth:`train_scales_`).
 
     ``state_dict`` keys: ``weight``, ``weight_scale`` and, where the spec has them, ``weight_zero``,
     ``weight_scale_code``, ``weight_scale_absmax``, ``weight_scale_offset``; ``bias``.
@@ -157,19 +159,57 @@ class QuantLinear(PackedWeight, nn.Linear):
         self.register_parameter("bias", taken)
 
     @classmethod
-    def from_qtensor(cls, q: QTensor, bias: Tensor | None = None) -> QuantLinear:
-        """A layer over ``q``'s own tensors and ``bias`` (``[N]``), none of them copied."""
-        return cls(q, bias)
+    def from_qtensor(
+        cls, q: QTensor, bias: Tensor | None = None, *, train_scale: bool = False, train_zero: bool = False
+    ) -> QuantLinear:
+        """A layer over ``q``'s own tensors and ``bias`` (``[N]``), none of them copied but what trains
+        (:meth:`train_scales_`)."""
+        layer = cls(q, bias)
+        return layer.train_scales_(zero=train_zero) if train_scale or train_zero else layer
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, spec: str | QuantSpec, **options: Any) -> QuantLinear:
+    def from_linear(
+        cls,
+        linear: nn.Linear,
+        spec: str | QuantSpec,
+        *,
+        train_scale: bool = False,
+        train_zero: bool = False,
+        **options: Any,
+    ) -> QuantLinear:
         """``linear`` with its weight quantized; its bias parameter is shared. ``options``: ``group_size``,
-        ``double_quant`` and ``method`` of :func:`lowmem.quant.quantize`."""
+        ``double_quant`` and ``method`` of :func:`lowmem.quant.quantize`; ``train_scale``, ``train_zero``:
+        :meth:`train_scales_`."""
         if type(linear) is not nn.Linear:
             got = type(linear).__name__
             bad("QuantLinear", "linear", "an nn.Linear (no subclass)", got, kind=TypeError)
         q = quantize(linear.weight, as_spec("QuantLinear", spec), **options)
-        return cls(q, linear.bias).train(linear.training)
+        layer = cls.from_qtensor(q, linear.bias, train_scale=train_scale, train_zero=train_zero)
+        return layer.train(linear.training)
+
+    def train_scales_(self, *, zero: bool = False) -> QuantLinear:
+        """Make the scales (and with ``zero`` the zeros) fp32 parameters that train; returns self (PEQA, arXiv
+        2305.14152). What a task changes is then ``4 N groups`` bytes, and the optimizer holds state for these alone.
+
+        Saved for backward: x, ``[M, K]``; with one scale a row, no bias and ``N < K`` the output, ``[M, N]``, instead.
+
+        Raises ValueError for doubly quantized scales (codes do not train), for groups that cross rows, and for ``zero``
+        without zero points.
+        """
+        op, spec = "QuantLinear", self.qspec
+        assert spec is not None
+        if spec.double_quant:
+            bad(op, "train_scale", "a spec with double_quant=False", spec, hint="codes of scales do not train")
+        if spec.is_table and self.in_features % spec.group_size:
+            bad(op, "train_scale", f"groups within rows of K = {self.in_features}", f"groups of {spec.group_size}")
+        if zero and not spec.zero_point:
+            bad(op, "train_zero", "a spec with zero_point=True", spec)
+        self.weight_scale = nn.Parameter(self.weight_scale.detach().to(torch.float32, copy=True))
+        if zero or (spec.zero_point and self.weight_zero.is_floating_point()):
+            zeros = self.weight_zero.detach().to(torch.float32, copy=True)
+            self.weight_zero = nn.Parameter(zeros, requires_grad=zero)
+        self.qspec = replace(spec, scale_dtype=torch.float32)
+        return self
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
         """``[..., in_features]`` to ``[..., out_features]``."""

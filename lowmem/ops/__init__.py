@@ -6,10 +6,12 @@ from .lora_conv import lora_conv2d
 from .lora_embedding import lora_embedding
 from .lora_multi import multi_lora_linear
 from .quant import qmatmul, qscale_grad
+from .quant_lattice import lattice_linear
 from .randlora import randlora_linear
 
 __all__ = [
     "Adapted",
+    "lattice_linear",
     "lora_conv2d",
     "lora_embedding",
     "lora_group",

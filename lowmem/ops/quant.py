@@ -279,6 +279,13 @@ def scale_grad_reference(
     return ds, (-s * dw.sum(-1)).view(shape)
 
 
+def _scale_grad_cpu(*args: Any) -> tuple[Tensor, Tensor]:
+    """In panels that are reduced at once: dW is never stored."""
+    from .quant_scale import scale_grad_panels
+
+    return scale_grad_panels(*args)
+
+
 # ------------------------------------------------------------------------------------------------------------ quantize
 
 QUANTIZE = "(Tensor w, int spec, bool zero_point, ScalarType scale_dtype) -> (Tensor, Tensor, Tensor)"
@@ -370,7 +377,7 @@ define(
 )
 # the same product without scratch, for the few rows of decoding: a kernel of its own, to be chosen by quant_matmul
 define("quant_matmul_small", MATMUL, fake=matmul_fake, reference=matmul_reference)
-define("quant_scale_grad", SCALE_GRAD, fake=scale_grad_fake, reference=scale_grad_reference)
+define("quant_scale_grad", SCALE_GRAD, fake=scale_grad_fake, reference=scale_grad_reference, cpu=_scale_grad_cpu)
 define("quant_quantize", QUANTIZE, fake=quantize_fake, reference=quantize_reference)
 
 
@@ -422,7 +429,8 @@ def check_input(op: str, x: Tensor, q: QTensor, *, argument: str = "x") -> None:
 
 def qmatmul(x: Tensor, q: QTensor, *, bias: Maybe = None, expert: int | None = None) -> Tensor:
     """``y = x W^T + bias`` with a frozen quantized ``W`` (QLoRA, arXiv 2305.14314: forward and ``dx = dy W`` read the
-    same bytes; there is no gradient for the weight).
+    same bytes; there is no gradient for the weight). Where ``q.scale`` or ``q.zero`` requires a gradient they get
+    theirs (PEQA, arXiv 2305.14152; :mod:`lowmem.ops.quant_scale`).
 
     Args:
         x: ``[..., K]``, float. For ``q`` of three dimensions ``[E, ..., K]``: each expert's rows.
@@ -431,8 +439,8 @@ def qmatmul(x: Tensor, q: QTensor, *, bias: Maybe = None, expert: int | None = N
         expert: multiply with this one of ``q [E, N, K]`` alone; then ``x`` is ``[..., K]``.
 
     Returns ``[..., N]`` in x's dtype. Under ``torch.autocast`` x and bias are cast, as ``F.linear`` does. Saved for
-    backward: the weight's tensors themselves, no activation. Scratch: ``PANEL`` rows of W at a time
-    (:func:`lowmem.memory.workspace`).
+    backward: the weight's tensors themselves, no activation (x or y where scales train). Scratch: ``PANEL``
+    rows of W at a time (:func:`lowmem.memory.workspace`).
 
     Raises ValueError or TypeError ``lowmem.qmatmul: <argument>: expected ..., got ...`` before anything is computed.
     """
@@ -458,8 +466,19 @@ def qmatmul(x: Tensor, q: QTensor, *, bias: Maybe = None, expert: int | None = N
     if bias is not None and (tuple(bias.shape) != (n,) or bias.dtype != x.dtype):
         bad(op, "bias", f"shape [{n}] in {x.dtype}", f"shape {tuple(bias.shape)} in {bias.dtype}")
     rows = x.reshape(-1, k) if experts is None else x.reshape(experts, -1, k)
-    y = _QMatmul.apply(rows, bias, q.spec.code, n, k, row0, *q.tensors())
+    if q.scale.requires_grad or (q.zero is not None and q.zero.requires_grad):
+        from .quant_scale import _ScaledMatmul
+
+        _rows_hold_groups(op, q)
+        y = _ScaledMatmul.apply(rows, bias, q.spec.code, n, k, row0, q.packed, q.scale, q.zero)
+    else:
+        y = _QMatmul.apply(rows, bias, q.spec.code, n, k, row0, *q.tensors())
     return y.view(*x.shape[:-1], n)
+
+
+def _rows_hold_groups(op: str, q: QTensor) -> None:
+    if q.spec.is_table and q.cols % q.spec.group_size:
+        bad(op, "q", f"a group size that divides K = {q.cols}", q.spec.group_size, hint="scales train by rows")
 
 
 def qscale_grad(dy: Tensor, x: Tensor, q: QTensor) -> tuple[Tensor, Tensor | None]:
@@ -482,8 +501,7 @@ def qscale_grad(dy: Tensor, x: Tensor, q: QTensor) -> tuple[Tensor, Tensor | Non
     if dy.shape != (*x.shape[:-1], n) or dy.dtype != x.dtype or dy.device != x.device:
         want = f"shape {(*x.shape[:-1], n)} in {x.dtype} on {x.device}"
         bad(op, "dy", want, f"shape {tuple(dy.shape)} in {dy.dtype} on {dy.device}")
-    if q.spec.is_table and k % q.spec.group_size:
-        bad(op, "q", f"a group size that divides K = {k}", q.spec.group_size)
+    _rows_hold_groups(op, q)
     lead = (q.shape[0], -1) if q.dim() == 3 else (-1,)
     with torch.no_grad():
         ds, dz = torch.ops.lowmem.quant_scale_grad(
