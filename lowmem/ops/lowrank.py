@@ -177,7 +177,7 @@ def _by_rows(w: Tensor, p: Tensor, n: Tensor, left: bool, alpha: float, decay: f
         rows = slice(begin, min(begin + step, w.shape[0]))
         part = scratch[: rows.stop - begin]
         torch.mm(first[rows], second, out=part)
-        torch.ops.lowmem.lowrank_axpy_(w[rows], part, -alpha, decay, seed, begin)
+        axpy_rows(w[rows], part, -alpha, decay, seed, begin)
 
 
 AXPY = "(Tensor(a!) w, Tensor x, float alpha, float decay, Tensor? seed, int row) -> ()"
@@ -195,6 +195,14 @@ def axpy_reference(w: Tensor, x: Tensor, alpha: float, decay: float, seed: Tenso
         w.copy_(value)
     else:
         w.copy_(round_stochastic(value, w.dtype, rounding_bits(row + w.shape[0], w.shape[1], seed)[row:]))
+
+
+def axpy_rows(w: Tensor, x: Tensor, alpha: float, decay: float, seed: Tensor | None, row: int) -> None:
+    """``lowrank_axpy_``, and its reference for a weight that lies transposed."""
+    if w.stride(1) == 1 or w.shape[1] <= 1:
+        torch.ops.lowmem.lowrank_axpy_(w, x, alpha, decay, seed, row)
+    else:
+        axpy_reference(w, x, alpha, decay, seed, row)
 
 
 # ---------------------------------------------------------------------------------------------------------- residuals
@@ -237,7 +245,7 @@ def _update_scaled_cpu(
         u.mul_(f if left else f[rows])
         if p.shape[1]:
             u.addmm_(*_factors(p, n, left, rows, u), alpha=alpha)
-        torch.ops.lowmem.lowrank_axpy_(w[rows], u, -1.0, decay, seed, row)
+        axpy_rows(w[rows], u, -1.0, decay, seed, row)
 
 
 def _blocks(w: Tensor) -> Iterator[tuple[int, slice]]:
@@ -283,13 +291,13 @@ def _update_sign_cpu(
         u = g[rows].to(working(w), copy=True)
         u.addmm_(*_factors(p, r, left, rows, u), alpha=-1.0).sign_().mul_(beta)
         u.addmm_(*_factors(p, n, left, rows, u), alpha=alpha)
-        torch.ops.lowmem.lowrank_axpy_(w[rows], u, -1.0, decay, seed, row)
+        axpy_rows(w[rows], u, -1.0, decay, seed, row)
 
 
 # -------------------------------------------------------------------------------------------------------- definitions
 
 define("lowrank_project", PROJECT, fake=project_fake, reference=project_reference)
-define("lowrank_adam_", ADAM, fake=adam_fake, reference=adam_reference)
+define("lowrank_adam_", ADAM, fake=adam_fake, reference=adam_reference, cpp=("cpu",))
 define(
     "lowrank_project_adam_",
     PROJECT_ADAM,
@@ -297,7 +305,7 @@ define(
     reference=project_adam_reference,
     cpu=_project_adam_cpu,
 )
-define("lowrank_axpy_", AXPY, fake=axpy_fake, reference=axpy_reference)
+define("lowrank_axpy_", AXPY, fake=axpy_fake, reference=axpy_reference, cpp=("cpu",))
 define("lowrank_update_", UPDATE, fake=update_fake, reference=update_reference, cpu=_update_cpu)
 define(
     "lowrank_update_scaled_",

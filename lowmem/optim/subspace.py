@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..factor.lowrank import gaussian, orthonormal, power_iteration, rsvd, smallest_rank, working_dtype
+from ..ops.lowrank import axpy_rows
 
 _OPS = torch.ops.lowmem
 _BLOCK = 1 << 18  # elements of a row block of a coordinate update
@@ -103,7 +104,11 @@ def norm(x: Tensor) -> Tensor:
 
 def long_norms(x: Tensor, left: bool) -> Tensor:
     """Euclidean norms [long] in fp32 (fp64 for fp64) of the columns (left) or rows."""
-    return torch.linalg.vector_norm(x, dim=0 if left else 1, dtype=working_dtype(x.dtype))
+    if x.dtype in (torch.float32, torch.float64):
+        return torch.linalg.vector_norm(x, dim=0 if left else 1)
+    step = max(1, _BLOCK // max(x.shape[1], 1))  # torch widens 16-bit matrices as a whole: here by blocks of rows
+    parts = [torch.linalg.vector_norm(part.float(), dim=0 if left else 1) for part in x.split(step)]
+    return torch.linalg.vector_norm(torch.stack(parts), dim=0) if left else torch.cat(parts)
 
 
 def update_coordinates(
@@ -124,14 +129,14 @@ def update_coordinates(
             else:
                 part.mul_(f if left else f[rows, None])
             part.mul_(keep[rows, None] if left else keep)
-            _OPS.lowrank_axpy_(w[rows], part, -1.0, decay, seed, row)
+            axpy_rows(w[rows], part, -1.0, decay, seed, row)
     elif decay != 1.0:
         w.mul_(decay)
     if index.numel():
         # stream of its own: the chosen lines were rounded once above where there is a residual
         own = None if seed is None else seed + (1 << 40)
         chosen = w.index_select(0 if left else 1, index)
-        _OPS.lowrank_axpy_(chosen, n, -alpha, 1.0, own, 0)
+        axpy_rows(chosen, n, -alpha, 1.0, own, 0)
         w.index_copy_(0 if left else 1, index, chosen)
 
 
