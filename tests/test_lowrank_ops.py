@@ -168,10 +168,12 @@ def test_layouts(device, left, layout):
             plain, strided = w.to(dtype), of_w(w.to(dtype).clone())
             getattr(OPS, name)(plain, *(a.contiguous() if isinstance(a, torch.Tensor) else a for a in args))
             getattr(OPS, name)(strided, *args)
-            torch.testing.assert_close(strided, plain, **({} if dtype == torch.float32 else {"rtol": 2.0**-6, "atol": 1e-2}))
+            torch.testing.assert_close(
+                strided, plain, **({} if dtype == torch.float32 else {"rtol": 2.0**-6, "atol": 1e-2})
+            )
 
 
-# ---------------------------------------------------------------------------------------------------- stochastic rounding
+# ------------------------------------------------------------------------------------------------ stochastic rounding
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (5, 33), (9, 100), (4, 257)], ids=str)
@@ -227,7 +229,7 @@ def test_updates_round_stochastically(device, left):
         assert not torch.equal(draws[0], draws[1])
 
 
-# ------------------------------------------------------------------------------------------------------- the family's rules
+# ------------------------------------------------------------------------------------------------- the family's rules
 
 
 def test_offsets_beyond_32_bits(device):

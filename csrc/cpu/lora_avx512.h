@@ -18,8 +18,7 @@ inline void draw512(uint64_t seed, uint32_t row, uint32_t child, uint32_t thresh
     for (int64_t w = 0; w < words; ++w) out[w] = 0;
     return;
   }
-  halves512(seed, row, child, word, words,
-            KeepBits512{_mm512_set1_epi16(static_cast<short>(threshold)), words, out});
+  halves512(seed, row, child, word, words, KeepBits512{_mm512_set1_epi16(static_cast<short>(threshold)), words, out});
   const int64_t left = cols - 32 * (word + words - 1);
   if (left < 32) out[words - 1] &= (1u << left) - 1u;
 }

@@ -1,5 +1,5 @@
-// CPU operators of the lowrank family (schemas, formulas and references: lowmem/ops/lowrank.py): argument checks and the
-// partition of the work. The loops are in lowrank_plain.cpp and lowrank_avx512.cpp; the products are torch's.
+// CPU operators of the lowrank family (schemas, formulas and references: lowmem/ops/lowrank.py): argument checks and
+// the partition of the work. The loops are in lowrank_plain.cpp and lowrank_avx512.cpp; the products are torch's.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,9 +25,7 @@ Dtype dtype_of(const Tensor& t) {
 }
 
 // The level that the package's other kernels run at (LOWMEM_CPU_ISA, or the best of this machine).
-const LowrankKernels* wide() {
-  return std::strncmp(lora_isa().name, "avx512", 6) == 0 ? lowrank_avx512() : nullptr;
-}
+const LowrankKernels* wide() { return std::strncmp(lora_isa().name, "avx512", 6) == 0 ? lowrank_avx512() : nullptr; }
 
 void check_rows(const char* op, const char* name, const Tensor& t) {
   if (t.size(1) > 1 && t.stride(1) != 1) bad(op, name, "neighbouring elements in a row", "another stride");

@@ -35,7 +35,9 @@ struct Row {
   int64_t cols;
   __m512 alpha, decay;
 
-  __mmask16 valid(int64_t c) const { return static_cast<__mmask16>(c >= cols ? 0 : low_bits(int(cols - c < 16 ? cols - c : 16))); }
+  __mmask16 valid(int64_t c) const {
+    return static_cast<__mmask16>(c >= cols ? 0 : low_bits(int(cols - c < 16 ? cols - c : 16)));
+  }
   __m512 value(int64_t c, __mmask16 bits) const {
     return _mm512_add_ps(_mm512_mul_ps(decay, read16(w + c, bits)), _mm512_mul_ps(alpha, read16(x + c, bits)));
   }
@@ -50,7 +52,8 @@ struct Row {
     const __m512i raw = _mm512_castps_si512(x);
     const __mmask16 special = _mm512_fpclass_ps_mask(x, 0x99);  // quiet and signalling NaN, both infinities
     const __m512i moved = _mm512_add_epi32(raw, _mm512_cvtepu16_epi32(numbers));
-    const __m512i quiet = _mm512_mask_or_epi32(raw, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), raw, _mm512_set1_epi32(0x400000));
+    const __m512i quiet =
+        _mm512_mask_or_epi32(raw, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), raw, _mm512_set1_epi32(0x400000));
     const __m512i kept = _mm512_mask_blend_epi32(special, moved, quiet);
     _mm256_mask_storeu_epi16(w + c, bits, _mm512_cvtepi32_epi16(_mm512_srli_epi32(kept, 16)));
   }
@@ -66,7 +69,8 @@ template <class W, class X>
 void axpy(const AxpyArgs& a, int64_t row0, int64_t row1) {
   const __m512 alpha = _mm512_set1_ps(static_cast<float>(a.alpha)), decay = _mm512_set1_ps(static_cast<float>(a.decay));
   for (int64_t i = row0; i < row1; ++i) {
-    const Row<W, X> row{static_cast<W*>(a.w) + i * a.ld_w, static_cast<const X*>(a.x) + i * a.ld_x, a.cols, alpha, decay};
+    const Row<W, X> row{static_cast<W*>(a.w) + i * a.ld_w, static_cast<const X*>(a.x) + i * a.ld_x, a.cols, alpha,
+                        decay};
     if constexpr (std::is_same_v<W, BFloat16>) {
       if (a.stochastic) {
         halves512(a.seed, static_cast<uint32_t>(a.first_row + i), kRoundingChild, 0, (a.cols + 31) / 32, row);
@@ -84,7 +88,8 @@ void adam(const AdamArgs& a, int64_t begin, int64_t end) {
   const R* r = static_cast<const R*>(a.r);
   R* n = static_cast<R*>(a.n);
   const __m512 b1 = _mm512_set1_ps(static_cast<float>(a.beta1)), b2 = _mm512_set1_ps(static_cast<float>(a.beta2));
-  const __m512 c1 = _mm512_set1_ps(static_cast<float>(1 - a.beta1)), c2 = _mm512_set1_ps(static_cast<float>(1 - a.beta2));
+  const __m512 c1 = _mm512_set1_ps(static_cast<float>(1 - a.beta1)),
+               c2 = _mm512_set1_ps(static_cast<float>(1 - a.beta2));
   const __m512 bias1 = _mm512_set1_ps(static_cast<float>(a.bias1)), bias2 = _mm512_set1_ps(static_cast<float>(a.bias2));
   const __m512 eps = _mm512_set1_ps(static_cast<float>(a.eps));
   for (int64_t i = begin; i < end; i += 16) {

@@ -24,6 +24,7 @@ child 1 (``lowmem.ops.philox``), so every backend rounds alike.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -294,24 +295,83 @@ def _update_sign_cpu(
         axpy_rows(w[rows], u, -1.0, decay, seed, row)
 
 
+def _kernels(*operands: Tensor) -> Any:
+    """The Triton launchers where they serve these tensors, else None: fp64, empty, and moments that are not fp32 in
+    one piece stay with the reference. A projection alone is cuBLAS's: nothing is fused behind it."""
+    from ..triton_kernels import lowrank as kernels
+
+    return kernels if kernels.serves(*operands) else None
+
+
+def _moments_fit(exp_avg: Tensor, exp_avg_sq: Tensor) -> bool:
+    return all(t.dtype == torch.float32 and t.is_contiguous() for t in (exp_avg, exp_avg_sq))
+
+
+def _adam_cuda(exp_avg: Tensor, exp_avg_sq: Tensor, r: Tensor, *numbers: float) -> Tensor:
+    kernels = _kernels(r) if _moments_fit(exp_avg, exp_avg_sq) else None
+    return (kernels.adam if kernels else adam_reference)(exp_avg, exp_avg_sq, r, *numbers)
+
+
+def _project_adam_cuda(
+    exp_avg: Tensor, exp_avg_sq: Tensor, g: Tensor, p: Tensor, left: bool, *numbers: float
+) -> Tensor:
+    kernels = _kernels(g, p) if _moments_fit(exp_avg, exp_avg_sq) else None
+    return (kernels.project_adam if kernels else project_adam_reference)(exp_avg, exp_avg_sq, g, p, left, *numbers)
+
+
+def _update_cuda(w: Tensor, p: Tensor, n: Tensor, left: bool, alpha: float, decay: float, seed: Tensor | None) -> None:
+    kernels = _kernels(w, p, n) if w.stride(1) == 1 else None
+    (kernels.update if kernels else update_reference)(w, p, n, left, alpha, decay, seed)
+
+
+def _update_scaled_cuda(
+    w: Tensor, g: Tensor, p: Tensor, n: Tensor, f: Tensor, left: bool, alpha: float, decay: float, seed: Tensor | None
+) -> None:
+    kernels = _kernels(w, g, f) if w.stride(1) == 1 and f.dtype == torch.float32 else None
+    if kernels:
+        kernels.update(w, p, n, left, alpha, decay, seed, g=g, f=f)
+    else:
+        update_scaled_reference(w, g, p, n, f, left, alpha, decay, seed)
+
+
+def _update_sign_cuda(
+    w: Tensor, g: Tensor, p: Tensor, n: Tensor, r: Tensor, left: bool, alpha: float, beta: float, decay: float,
+    seed: Tensor | None,
+) -> None:  # fmt: skip
+    kernels = _kernels(w, g, p, n, r) if w.stride(1) == 1 else None
+    if kernels:
+        kernels.update(w, p, n, left, alpha, decay, seed, g=g, r=r, beta=beta)
+    else:
+        update_sign_reference(w, g, p, n, r, left, alpha, beta, decay, seed)
+
+
 # -------------------------------------------------------------------------------------------------------- definitions
 
 define("lowrank_project", PROJECT, fake=project_fake, reference=project_reference)
-define("lowrank_adam_", ADAM, fake=adam_fake, reference=adam_reference, cpp=("cpu",))
+define("lowrank_adam_", ADAM, fake=adam_fake, reference=adam_reference, cpp=("cpu",), cuda=_adam_cuda)
 define(
     "lowrank_project_adam_",
     PROJECT_ADAM,
     fake=project_adam_fake,
     reference=project_adam_reference,
     cpu=_project_adam_cpu,
+    cuda=_project_adam_cuda,
 )
 define("lowrank_axpy_", AXPY, fake=axpy_fake, reference=axpy_reference, cpp=("cpu",))
-define("lowrank_update_", UPDATE, fake=update_fake, reference=update_reference, cpu=_update_cpu)
+define("lowrank_update_", UPDATE, fake=update_fake, reference=update_reference, cpu=_update_cpu, cuda=_update_cuda)
 define(
     "lowrank_update_scaled_",
     SCALED,
     fake=update_scaled_fake,
     reference=update_scaled_reference,
     cpu=_update_scaled_cpu,
+    cuda=_update_scaled_cuda,
 )
-define("lowrank_update_sign_", SIGN, fake=update_sign_fake, reference=update_sign_reference, cpu=_update_sign_cpu)
+define(
+    "lowrank_update_sign_",
+    SIGN,
+    fake=update_sign_fake,
+    reference=update_sign_reference,
+    cpu=_update_sign_cpu,
+    cuda=_update_sign_cuda,
+)
