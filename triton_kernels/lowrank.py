@@ -164,6 +164,7 @@ def update(
         k.update_kernel[(gpu.cdiv(rows, bm), gpu.cdiv(columns, bn))](
             w, w if g is None else g, first, second, first2, second2, w if f is None else f,
             w if seed is None else seed, rows, columns, rank, w.stride(0), *of_g, *strides, alpha, beta, decay,
-            dtype=_DTYPES[first.dtype], LEFT=left, RESIDUAL=kind, STOCHASTIC=seed is not None and w.dtype is torch.bfloat16,
-            PRECISION=gpu.precision(first), BM=bm, BN=bn, BK=bk, num_warps=warps, num_stages=stages,
+            dtype=_DTYPES[first.dtype], LEFT=left, RESIDUAL=kind, PRECISION=gpu.precision(first),
+            STOCHASTIC=seed is not None and w.dtype is torch.bfloat16, BM=bm, BN=bn, BK=bk, num_warps=warps,
+            num_stages=stages,
         )  # fmt: skip
