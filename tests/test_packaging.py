@@ -285,14 +285,14 @@ def test_the_pack_for_a_gpu_machine(tmp_path, capsys, monkeypatch):
     out = tmp_path / "pack"
     assert gpu_pack.main(["--out", str(out), "--no-peers"]) == 0
     found = json.loads((out / "manifest.json").read_text())
-    assert found["faults"] == [] and "sm_90a" in found["gpus"]
+    assert found["faults"] == [] and "sm_90" in found["gpus"]
     assert sorted(p.name for p in (out / "lowmem").iterdir()) == ["_C.abi3.so", "_C_cuda.abi3.so"]
-    monkeypatch.setattr(gpu_pack, "ARCH", "sm_77a")
+    monkeypatch.setattr(gpu_pack, "ARCH", "sm_77")
     monkeypatch.setattr(gpu_pack, "LIMIT_MB", 0)
     monkeypatch.setattr(gpu_pack, "GLIBC", (2, 1))
     assert gpu_pack.main(["--out", str(out), "--no-peers"]) == 1
     said = capsys.readouterr().err
-    assert "expected machine code for sm_77a, got sm_" in said and "expected at most 0 MB" in said and "glibc" in said
+    assert "expected machine code for sm_77, got sm_" in said and "expected at most 0 MB" in said and "glibc" in said
 
 
 def test_what_the_pack_takes_of_a_peer():

@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_MB = 60
-PYTHON, CUDA, ARCH = "3.12", "130", "sm_90a"  # of the machine that it is for
+PYTHON, CUDA, ARCH = "3.12", "130", "sm_90"  # of the machine that it is for
 GLIBC = (2, 39)
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_24_x86_64", "manylinux_2_17_x86_64", "manylinux2014_x86_64")
 PRIVATE = re.compile(r"\b(at|c10|torch)::")
@@ -95,7 +95,7 @@ def newest_glibc(library: Path) -> tuple[int, ...]:
 
 
 def code_for(path: Path) -> set[str]:
-    """The GPUs that a CUDA library holds machine code for."""
+    """The GPUs that a CUDA library holds machine code for; ``sm_90`` for sm_90a too, which older tools call so."""
     import importlib.util
 
     tool = shutil.which("cuobjdump")
@@ -103,7 +103,7 @@ def code_for(path: Path) -> set[str]:
         tool = str(Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump")
     if tool is None:
         raise SystemExit("gpu-pack: cuobjdump: expected it on the PATH or in the triton wheel, got neither")
-    return set(re.findall(r"\.(sm_\w+)\.cubin", run([tool, "--list-elf", str(path)])))
+    return set(re.findall(r"\.(sm_\d+)a?\.cubin", run([tool, "--list-elf", str(path)])))
 
 
 def main(argv: list[str] | None = None) -> int:
