@@ -1,6 +1,6 @@
 """Four adapters on one base: trained together in shared microbatches, and one after another, in one run.
 
-    python examples/multi_adapter.py [--capacity 1024] [--samples 64] [--dtype fp32|bf16] [--out out] [--quick]
+    python examples/multi_adapter.py [--capacity 256] [--samples 64] [--dtype fp32|bf16] [--out out] [--quick]
 
 Four jobs have their own text, rank and learning rate. ``lowmem.sched.pack_microbatches`` packs their samples, of
 unequal length, into microbatches of at most ``--capacity`` tokens; ``lowmem.nn.routed`` sends each row through its
@@ -37,7 +37,8 @@ try:
 except ImportError as error:
     sys.exit(f"multi_adapter.py: {error} (pip install 'lowmem[demo]' brings what the examples need)")
 
-RANKS, RATES, BATCHES = (4, 8, 16, 32), (4e-3, 3e-3, 2e-3, 1e-3), (4, 4, 6, 8)  # a job's rank, rate, samples a step
+RANKS, RATES, BATCHES = (4, 8, 16, 32), (4e-3, 3e-3, 2e-3, 1e-3), (2, 2, 2, 2)  # a job's rank, rate, samples a step
+LONGEST = 32  # tokens of a sample
 TOGETHER, ALONE = "together", "one after another"
 SIZE = finetune.Size(hidden=256, layers=4, intermediate=704, vocab=2048, base_steps=120, source_chars=1_000_000,
                      prose_chars=1_000_000)  # fmt: skip
@@ -83,34 +84,54 @@ def parameters(model: nn.Module, name: str) -> list[Tensor]:
     return [part[name] for _, layer in lora_layers(model) for part in (layer.lora_A, layer.lora_B)]
 
 
-def packed(microbatch: Any, jobs: list[list[Tensor]], device: torch.device) -> dict[str, Tensor]:
+def packed(microbatch: Any, jobs: list[list[Tensor]], device: torch.device) -> dict[str, Any]:
     """The model's arguments for one microbatch: all samples in one row, each seeing itself alone; and the labels."""
     pieces = [jobs[j][i] for j, i in zip(microbatch.job_ids, microbatch.sample_ids, strict=True)]
-    ids = torch.cat(pieces)
-    sample = torch.repeat_interleave(torch.tensor([len(piece) for piece in pieces]))
     places = torch.cat([torch.arange(len(piece)) for piece in pieces])
-    same = sample[:, None] == sample[None, :]
     labels = torch.cat([torch.cat([piece[1:], piece.new_tensor([-100])]) for piece in pieces])
-    made = {"ids": ids[None], "positions": places[None], "mask": (same & same.new_ones(same.shape).tril())[None, None]}
-    return {key: value.to(device) for key, value in (made | {"labels": labels}).items()}
+    made = {"ids": torch.cat(pieces)[None], "positions": places[None], "labels": labels}
+    return {key: value.to(device) for key, value in made.items()} | {"bounds": microbatch.cu_seqlens.tolist()}
 
 
-def token_losses(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+def attention_within_samples(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, scaling: float, **kwargs: Any
+) -> tuple[Tensor, None]:
+    """transformers' attention function for packed rows ``[1, heads, tokens, size]``: causal inside each sample. A mask
+    over the whole row would cost its length squared."""
+    bounds = kwargs["cu_seq_lens_q"]
+    parts = [
+        F.scaled_dot_product_attention(
+            *(t[:, :, low:high] for t in (query, key, value)), is_causal=True, scale=scaling, enable_gqa=True
+        )
+        for low, high in zip(bounds, bounds[1:], strict=False)
+    ]
+    return torch.cat(parts, 2).transpose(1, 2), None
+
+
+def token_losses(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """The loss of every row, ``[tokens]``; 0 where there is nothing to predict."""
     logits = model(
-        input_ids=batch["ids"], position_ids=batch["positions"], attention_mask=batch["mask"], use_cache=False
+        input_ids=batch["ids"], position_ids=batch["positions"], cu_seq_lens_q=batch["bounds"], use_cache=False
     ).logits[0]
     return F.cross_entropy(logits.float(), batch["labels"], ignore_index=-100, reduction="none")
 
 
-def forward(model: nn.Module, m: Any, batch: dict[str, Tensor], side: str, jobs: list[int]) -> Tensor:
-    """The rows' losses of microbatch ``m``, whose job k is ``jobs[k]``, with their adapters training."""
-    from lowmem.nn import routed, set_adapter, train_adapters
+def switch(model: nn.Module, side: str, jobs: list[int]) -> None:
+    """Let the adapters of ``side``'s jobs train: what a run of its own does once."""
+    from lowmem.nn import set_adapter, train_adapters
 
-    if side == ALONE:  # what a run of its own does: one active adapter, no routing
+    if side == ALONE:
         set_adapter(model, names(side)[jobs[0]])
+    else:
+        train_adapters(model, names(side))
+
+
+def forward(model: nn.Module, m: Any, batch: dict[str, Any], side: str) -> Tensor:
+    """The rows' losses of microbatch ``m``."""
+    from lowmem.nn import routed
+
+    if side == ALONE:  # one active adapter, no routing
         return token_losses(model, batch)
-    train_adapters(model, names(side))
     bounds = torch.from_numpy(m.job_cu_seqlens.copy()).to(batch["ids"].device)
     with routed(model, names(side), cu_seqlens=bounds, rows=m.tokens):
         return token_losses(model, batch)
@@ -131,9 +152,10 @@ def train(model: nn.Module, samples: list[list[Tensor]], capacity: int, side: st
 
     def work() -> Iterator[float]:
         for t, m in enumerate(schedule):
+            switch(model, side, which)
             start = time.perf_counter()
             batch = packed(m, [samples[j] for j in which], device)
-            losses = forward(model, m, batch, side, which)
+            losses = forward(model, m, batch, side)
             parts = []
             for k, (low, high) in enumerate(zip(m.job_cu_seqlens, m.job_cu_seqlens[1:], strict=False)):
                 size = BATCHES[which[k]]
@@ -185,7 +207,8 @@ def peaks(model: nn.Module, samples: list[list[Tensor]], capacity: int, device: 
         batch = packed(m, [samples[j] for j in which], device)
 
         def step(m: Any = m, batch: Any = batch, side: str = side, which: list[int] = which) -> None:
-            forward(model, m, batch, side, which).sum().backward()
+            switch(model, side, which)
+            forward(model, m, batch, side).sum().backward()
             model.zero_grad()
 
         steps[side] = step
@@ -223,7 +246,7 @@ def show(out: Any, results: dict[str, Any]) -> None:
 
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--capacity", type=int, help="most tokens of a microbatch (default: 1024)")
+    parser.add_argument("--capacity", type=int, help="most tokens of a microbatch (default: 256)")
     parser.add_argument("--samples", type=int, help="samples of each job (default: 64)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the base (default: fp32)")
@@ -237,8 +260,8 @@ def arguments() -> argparse.Namespace:
 def main() -> int:
     args = arguments()
     size = finetune.QUICK if args.quick else SIZE
-    capacity, count = args.capacity or (512 if args.quick else 1024), args.samples or (16 if args.quick else 64)
-    longest = min(size.seq, capacity)
+    capacity, count = args.capacity or 256, args.samples or (16 if args.quick else 64)
+    longest = min(LONGEST, capacity)
     if count < 1 or capacity < 8:
         raise UsageError(f"--samples, --capacity: expected at least 1 and 8, got {count} and {capacity}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -256,6 +279,8 @@ def main() -> int:
     out.print(f"[bold]Four adapters on one base[/bold] on {device}; torch {torch.__version__}")
     out.print("base: " + finetune.train_base(where, size, args, device, out))
     base, tokenizer = finetune.load_base(str(where), args, size, device)
+    transformers.AttentionInterface.register("within_samples", attention_within_samples)
+    base.config._attn_implementation = "within_samples"
     texts = _data.prose(size.prose_chars)
     quarter = -(-len(texts) // len(RANKS))
     parts = [texts[j * quarter : (j + 1) * quarter] for j in range(len(RANKS))]

@@ -30,10 +30,10 @@ def test_four_adapters_learn_together_what_they_learn_alone(tmp_path: Path) -> N
     results = json.loads((tmp_path / "out" / "multi_adapter.json").read_text())
     alone, together = results["sides"]["one after another"], results["sides"]["together"]
     assert results["largest_difference"] <= 1e-3
-    assert [len(steps) for steps in together["losses"]] == [4, 4, 3, 2]  # 16 samples in global batches of 4, 4, 6, 8
+    assert [len(steps) for steps in together["losses"]] == [8] * 4  # 16 samples in global batches of 2
     for one, two in zip(alone["losses"], together["losses"], strict=True):
         assert two == pytest.approx(one, rel=1e-3)
-    assert together["tokens"] == alone["tokens"] and together["passes"] <= 0.7 * alone["passes"]
+    assert together["tokens"] == alone["tokens"] and together["passes"] <= 0.5 * alone["passes"]
     assert together["filled"] > 1.3 * alone["filled"]
     assert together["held_at_once_bytes"] < 0.7 * alone["held_at_once_bytes"]
     for words in ("tokens/s", "passes over the base", "peak memory of a pass", "job 3, r=32", "equal to rounding"):
