@@ -13,9 +13,9 @@ keeps its length: n for left, m for right; ``f_j`` multiplies column j (left) or
 ``lowrank_update_sign_``       W <- decay W - alpha P.N - beta sign(G - P.R)        (FRUGAL)
 =============================  ===========================================================================
 
-No operator makes an ``m x n`` tensor: on the CPU the update is torch's in-place ``addmm_``, or goes by blocks of rows
-through a scratch of at most 1 MiB; on a GPU a tile of the product stays in registers. The bytes of one step with
-elements of e bytes: G once (read), W twice, and R, M, V, N; a residual reads G once more.
+No operator makes an ``m x n`` tensor: on the CPU the update is torch's in-place ``addmm_``, or goes by a few blocks of
+rows through a scratch of at most a quarter of the weight and 8 MiB; on a GPU a tile of the product stays in registers.
+The bytes of one step with elements of e bytes: G once (read), W twice, and R, M, V, N; a residual reads G once more.
 
 Stochastic rounding (bf16 and fp16 weights): element (i, j) takes the 16-bit half of Philox that dropout would take,
 child 1 (``lowmem.ops.philox``), so every backend rounds alike.
@@ -33,7 +33,7 @@ from .._dispatch import define
 from .philox import philox4x32
 
 _CHILD = 1  # the random stream of weight rounding; dropout uses 0
-_SCRATCH = 1 << 20  # bytes of the row block that a CPU update goes through
+_SCRATCH = 1 << 23  # bytes of the row block that a CPU update goes through, at the most
 
 
 def working(t: Tensor) -> torch.dtype:
@@ -160,19 +160,25 @@ def update_reference(
 
 
 def _update_cpu(w: Tensor, p: Tensor, n: Tensor, left: bool, alpha: float, decay: float, seed: Tensor | None) -> None:
-    if w.dtype in (torch.float32, torch.float64):
-        p, n = p.to(w.dtype), n.to(w.dtype)
-        torch.addmm(w, *((p, n) if left else (n, p.T)), beta=decay, alpha=-alpha, out=w)
+    if seed is not None and w.dtype == torch.bfloat16:
+        _by_rows(w, p, n, left, alpha, decay, seed)
         return
-    _by_rows(w, p, n, left, alpha, decay, seed)
+    # 16 bits: sums, decay and the addition are fp32 inside of it, with one rounding at the end
+    p, n = p.to(w.dtype), n.to(w.dtype)
+    torch.addmm(w, *((p, n) if left else (n, p.T)), beta=decay, alpha=-alpha, out=w)
+
+
+def _rows_at_once(w: Tensor, size: int, parts: int) -> int:
+    """Rows of a block with elements of ``size`` bytes: a ``parts``-th of the matrix, within the scratch."""
+    return max(1, min(-(-w.shape[0] // parts), _SCRATCH // (size * max(w.shape[1], 1))))
 
 
 def _by_rows(w: Tensor, p: Tensor, n: Tensor, left: bool, alpha: float, decay: float, seed: Tensor | None) -> None:
-    # 16-bit weights: the product is rounded to their dtype, 2^-9 of the update and not of the weight, and added in
-    # fp32, so that what is small against the weight is not lost before the rounding of the sum.
+    # The product is rounded to bf16, 2^-9 of the update and not of the weight, and added in fp32, so that what is small
+    # against the weight is not lost before the rounding of the sum. Few blocks: each is two parallel regions.
     p, n = p.to(w.dtype), n.to(w.dtype)
     first, second = (p, n) if left else (n, p.T)
-    step = max(1, _SCRATCH // (w.element_size() * max(w.shape[1], 1)))
+    step = _rows_at_once(w, w.element_size(), 4)
     scratch = w.new_empty((min(step, w.shape[0]), w.shape[1]))
     for begin in range(0, w.shape[0], step):
         rows = slice(begin, min(begin + step, w.shape[0]))
@@ -241,7 +247,7 @@ def _update_scaled_cpu(
         w.addcmul_(g.to(w.dtype), f.view(1, -1) if left else f.view(-1, 1), value=-1.0)
         return
     f = f.to(working(w)).view(1, -1) if left else f.to(working(w)).view(-1, 1)
-    for row, rows in _blocks(w):
+    for row, rows in row_blocks(w):
         u = g[rows].to(working(w), copy=True)
         u.mul_(f if left else f[rows])
         if p.shape[1]:
@@ -249,9 +255,9 @@ def _update_scaled_cpu(
         axpy_rows(w[rows], u, -1.0, decay, seed, row)
 
 
-def _blocks(w: Tensor) -> Iterator[tuple[int, slice]]:
-    """Blocks of rows whose fp32 copy fits the scratch: the first row's number and the slice."""
-    step = max(1, _SCRATCH // (4 * max(w.shape[1], 1)))
+def row_blocks(w: Tensor) -> Iterator[tuple[int, slice]]:
+    """Blocks of rows whose fp32 copy fits the scratch: the first row's number, and the slice."""
+    step = _rows_at_once(w, 4, 8)
     for begin in range(0, w.shape[0], step):
         yield begin, slice(begin, min(begin + step, w.shape[0]))
 
@@ -288,7 +294,7 @@ def _update_sign_cpu(
     seed: Tensor | None,
 ) -> None:  # fmt: skip
     p, n, r = (t.to(working(w)) for t in (p, n, r))
-    for row, rows in _blocks(w):
+    for row, rows in row_blocks(w):
         u = g[rows].to(working(w), copy=True)
         u.addmm_(*_factors(p, r, left, rows, u), alpha=-1.0).sign_().mul_(beta)
         u.addmm_(*_factors(p, n, left, rows, u), alpha=alpha)

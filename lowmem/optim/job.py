@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..factor.lowrank import working_dtype
+from ..ops.lowrank import row_blocks
 from . import subspace
 from .codec import find_codec, get, put
 
@@ -135,9 +136,9 @@ class Job:
 
     def _moments(self) -> tuple[Tensor, Tensor]:
         codec, state = find_codec("state", self.group["state"]), self.state
-        shape = state["exp_avg"].shape
+        shape, kind = state["exp_avg"].shape, working_dtype(self.weight.dtype)
         m = codec.decode(get(state, "exp_avg"), signed=True, shape=shape)
-        return m, codec.decode(get(state, "exp_avg_sq"), signed=False, shape=shape)
+        return m.to(kind), codec.decode(get(state, "exp_avg_sq"), signed=False, shape=shape).to(kind)
 
     def _store(self, m: Tensor, v: Tensor) -> None:
         codec = find_codec("state", self.group["state"])
@@ -251,9 +252,7 @@ class Job:
         w, g = self.weight, self.dense
         kind = working_dtype(w.dtype)
         square, inner = (torch.empty(w.shape[0], dtype=kind, device=w.device) for _ in range(2))
-        step = max(1, (1 << 18) // w.shape[1])
-        for row in range(0, w.shape[0], step):
-            rows = slice(row, row + step)
+        for _, rows in row_blocks(w):
             wide = w[rows].to(kind)
             square[rows] = torch.linalg.vecdot(wide, wide)
             inner[rows] = torch.linalg.vecdot(wide, g[rows].to(kind))

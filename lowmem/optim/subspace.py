@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ..factor.lowrank import gaussian, orthonormal, power_iteration, rsvd, smallest_rank, working_dtype
-from ..ops.lowrank import axpy_rows
+from ..ops.lowrank import axpy_rows, row_blocks
 
 _OPS = torch.ops.lowmem
-_BLOCK = 1 << 18  # elements of a row block of a coordinate update
 _FIRST_GUESS = 16  # columns that an energy policy tries first
 
 
@@ -106,8 +105,8 @@ def long_norms(x: Tensor, left: bool) -> Tensor:
     """Euclidean norms [long] in fp32 (fp64 for fp64) of the columns (left) or rows."""
     if x.dtype in (torch.float32, torch.float64):
         return torch.linalg.vector_norm(x, dim=0 if left else 1)
-    step = max(1, _BLOCK // max(x.shape[1], 1))  # torch widens 16-bit matrices as a whole: here by blocks of rows
-    parts = [torch.linalg.vector_norm(part.float(), dim=0 if left else 1) for part in x.split(step)]
+    # torch widens 16-bit matrices as a whole: here by blocks of rows
+    parts = [torch.linalg.vector_norm(x[rows].float(), dim=0 if left else 1) for _, rows in row_blocks(x)]
     return torch.linalg.vector_norm(torch.stack(parts), dim=0) if left else torch.cat(parts)
 
 
@@ -120,9 +119,7 @@ def update_coordinates(
     if g is not None:
         keep = torch.ones(w.shape[0 if left else 1], dtype=working_dtype(w.dtype), device=w.device)
         keep.index_fill_(0, index, 0.0)
-        step = max(1, _BLOCK // max(w.shape[1], 1))
-        for row in range(0, w.shape[0], step):
-            rows = slice(row, min(row + step, w.shape[0]))
+        for row, rows in row_blocks(w):
             part = g[rows].to(keep.dtype, copy=True)
             if f is None:
                 part.sign_().mul_(beta)
