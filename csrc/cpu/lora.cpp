@@ -17,6 +17,7 @@
 
 #include "common/checks.h"
 #include "common/philox.h"
+#include "cpu/isa.h"
 #include "cpu/lora_impl.h"
 #include "cpu/lora_pack.h"
 
@@ -32,33 +33,9 @@ constexpr int64_t kExpandBytes = 256 << 10;  // of panels that one sweep over th
 constexpr int64_t kSerialWork = 1 << 20;   // multiply-adds
 constexpr int64_t kSerialMoves = 1 << 17;  // elements packed or summed
 
-const char* const kLevels = "plain, avx2, avx512 or avx512_bf16";
-
-const LoraIsa* choose_isa() {
-  const LoraIsa* best = lora_plain();
-  const LoraIsa* usable[4] = {best, nullptr, nullptr, nullptr};
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) usable[1] = lora_avx2();
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512vl")) {
-    usable[2] = lora_avx512();
-#if __GNUC__ >= 10 || defined(__clang__)
-    if (__builtin_cpu_supports("avx512bf16")) usable[3] = lora_avx512_bf16();
-#endif
-  }
-#endif
-  const char* wanted = std::getenv("LOWMEM_CPU_ISA");
-  const bool forced = wanted && *wanted;
-  const LoraIsa* found = nullptr;
-  for (const LoraIsa* isa : usable) {
-    if (isa && (!forced || std::strcmp(isa->name, wanted) == 0)) found = isa;
-  }
-  if (!found) {
-    throw std::runtime_error(std::string("lowmem: LOWMEM_CPU_ISA: expected one of ") + kLevels +
-                             " that this processor has, got " + wanted);
-  }
-  return found;
+const LoraIsa* choose_lora_isa() {
+  const LoraIsa* const tables[kIsaLevels] = {lora_plain(), lora_avx2(), lora_avx512(), lora_avx512_bf16()};
+  return choose_isa(tables);
 }
 
 Dtype dtype_of(const Tensor& t) {
@@ -435,7 +412,7 @@ Tensor lora_dx(const Tensor dy, const std::optional<Tensor> w, const Tensor ds_i
 }  // namespace
 
 const LoraIsa& lora_isa() {
-  static const LoraIsa* const isa = choose_isa();
+  static const LoraIsa* const isa = choose_lora_isa();
   return *isa;
 }
 

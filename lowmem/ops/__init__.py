@@ -5,12 +5,15 @@ from .lora import Adapted, lora_group, lora_linear
 from .lora_conv import lora_conv2d
 from .lora_embedding import lora_embedding
 from .lora_multi import multi_lora_linear
+from .lowbit_optim import group_decode, group_encode
 from .quant import qmatmul, qscale_grad
 from .quant_lattice import lattice_linear
 from .randlora import randlora_linear
 
 __all__ = [
     "Adapted",
+    "group_decode",
+    "group_encode",
     "lattice_linear",
     "lora_conv2d",
     "lora_embedding",

@@ -1,5 +1,6 @@
 """Optimizers and what goes beside them."""
 
+from .adamw8 import AdamW8, Fp8AdamW, state_bytes
 from .codec import register_codec
 from .groups import lowrank_groups
 from .lora import lora_plus_groups, prox_l1_
@@ -10,10 +11,12 @@ from .proj_adamw import ProjAdamW
 __all__ = [
     "FRUGAL",
     "AdaRankGrad",
+    "AdamW8",
     "Apollo",
     "ApolloMini",
     "Fira",
     "FisherWindow",
+    "Fp8AdamW",
     "GaLore",
     "GradNormLoRP",
     "NaturalGaLore",
@@ -25,4 +28,5 @@ __all__ = [
     "lowrank_groups",
     "prox_l1_",
     "register_codec",
+    "state_bytes",
 ]
