@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._errors import bad
+from ..factor import rsvd
 from .formats import QuantSpec
 from .qtensor import QTensor
 from .quantize import dequantize, quantize
@@ -30,8 +31,8 @@ def low_rank(m: Tensor, r: int, *, seed: Tensor | None = None, exact: bool | Non
         m: ``[..., N, K]``, float32 or float64.
         r: rank, at most ``min(N, K)``.
         seed: int64[1], of the random sketch; the same seed gives the same bits. None: a fixed one.
-        exact: True for a full SVD, False for a randomized one (Halko, Martinsson and Tropp, arXiv 0909.4061, with
-            ``POWER`` passes of subspace iteration); None takes the full one where ``4 (r + 8) > min(N, K)``.
+        exact: True for a full SVD, False for :func:`lowmem.factor.rsvd` with ``POWER`` power
+            steps; None takes the full one where ``4 (r + 8) > min(N, K)``.
 
     Returns ``left [..., N, r]`` and ``right [..., r, K]``.
     """
@@ -41,14 +42,8 @@ def low_rank(m: Tensor, r: int, *, seed: Tensor | None = None, exact: bool | Non
     if exact:
         u, s, vt = torch.linalg.svd(m, full_matrices=False)
     else:
-        generator = torch.Generator().manual_seed(0 if seed is None else int(seed))
-        width = min(r + OVERSAMPLE, least)
-        sketch = torch.randn(m.shape[-1], width, generator=generator, dtype=m.dtype).to(m.device)
-        basis = torch.linalg.qr(m @ sketch).Q
-        for _ in range(POWER):
-            basis = torch.linalg.qr(m @ torch.linalg.qr(m.mT @ basis).Q).Q
-        u, s, vt = torch.linalg.svd(basis.mT @ m, full_matrices=False)
-        u = basis @ u
+        fixed = torch.zeros(1, dtype=torch.int64, device=m.device) if seed is None else seed
+        u, s, vt = rsvd(m, r, seed=fixed, oversample=OVERSAMPLE, iters=POWER)
     root = s[..., :r].sqrt()
     return u[..., :r] * root[..., None, :], vt[..., :r, :] * root[..., :, None]
 
