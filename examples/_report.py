@@ -120,6 +120,25 @@ def show(out: Console, results: dict[str, Any], warm_up: int, rounds: int) -> No
         out.print(f"[dim]{line}[/dim]")
 
 
+def show_quantized(out: Console, results: dict[str, dict[str, Any]], dtype: str) -> None:
+    """Print losses and bytes of the quantized bases beside those of the dense one."""
+    built = Table(header_style="bold")
+    built.add_column("base", no_wrap=True)
+    for name in results:
+        built.add_column(dtype if name == "dense" else name, justify="right", no_wrap=True)
+    for label, key, text in (
+        ("held-out loss before", "held_out_before", "{:.4f}".format),
+        ("held-out loss after", "held_out_after", "{:.4f}".format),
+        ("linear layers' weights", "weight_bytes", mib),
+        ("bits a weight", "bits", "{:.3f}".format),
+        ("adapter parameters", "trained", mib),
+        ("seconds to quantize", "quantize_seconds", "{:.1f}".format),
+    ):
+        built.add_row(label, *(text(numbers[key]) for numbers in results.values()))
+    out.print("\n[bold]The same steps over quantized bases[/bold] (lowmem)")
+    out.print(built)
+
+
 # ------------------------------------------------------------------------------------------------------------- picture
 
 

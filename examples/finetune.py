@@ -6,7 +6,8 @@
 Without ``--model`` a Llama of 8 M parameters is first trained, briefly, on the source of Python's standard library.
 Both runs then start from one frozen base (a single copy in memory), the same initial adapters and the same seed, see
 the same batches in the same order, and take turns: a step of one, the same step of the other, the first of each pair
-changing. It ends in a table, a picture, and an adapter in PEFT's format that PEFT loads again with equal logits.
+changing. It ends in a table, a picture, and an adapter in PEFT's format that PEFT loads again with equal logits. The
+same steps then tune the base in NF4 and in 2.25 bits (``--no-quantized`` leaves that out).
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 try:
     import _data
     import _measure
+    import _quantized
     import _report
     import torch
     from _data import UsageError
+    from _training import Run, evaluate, loss_of, one_cycle
     from torch import nn
 except ImportError as error:
     sys.exit(f"finetune.py: {error} (pip install 'lowmem[demo]' brings what the demo needs)")
@@ -109,6 +112,12 @@ def arguments() -> argparse.Namespace:
     add("--adapter-dtype", choices=("model", "fp32"), default="model", help="of the adapters, in both runs")
     add(
         "--fresh", action="store_true", help="train the small base model anew even if --out holds one of these settings"
+    )
+    add(
+        "--quantized",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="tune the base in NF4 and in 2.25 bits too, and report losses and bytes",
     )
     add("--quick", action="store_true", help="a tiny model and few steps, to see that all works")
     return parser.parse_args()
@@ -200,14 +209,6 @@ def train_base(folder: Path, size: Size, args: argparse.Namespace, device: torch
     return f"trained in {seconds:.0f} s to a held-out loss of {final:.2f} on Python's source, in {folder}"
 
 
-def one_cycle(optimizer: torch.optim.Optimizer, steps: int) -> torch.optim.lr_scheduler.LambdaLR:
-    """The learning rate up over the first tenth, then down to a tenth of it."""
-    up = max(1, steps // 10)
-    return torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda i: min((i + 1) / up, 0.1 + 0.9 * max(0.0, 1 - (i - up) / max(1, steps - up)))
-    )
-
-
 def load_base(name: str, args: argparse.Namespace, size: Size, device: torch.device) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -226,33 +227,6 @@ def load_base(name: str, args: argparse.Namespace, size: Size, device: torch.dev
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
-
-
-@dataclass
-class Run:
-    """One way of fine-tuning: its model, its optimizer, and what was seen of it."""
-
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    schedule: Any
-    numbers: dict[str, Any]
-
-
-def loss_of(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
-    return model(input_ids=ids, labels=ids, use_cache=False).loss
-
-
-@torch.no_grad()
-def evaluate(model: nn.Module, batches: list[torch.Tensor], device: torch.device, progress: Any = None) -> float:
-    """Mean loss over the batches' windows."""
-    was, total = model.training, 0.0
-    model.eval()
-    for ids in batches:
-        total += loss_of(model, ids.to(device)).item() * len(ids)
-        if progress is not None:
-            progress.step()
-    model.train(was)
-    return total / sum(len(ids) for ids in batches)
 
 
 def build(base: nn.Module, args: argparse.Namespace) -> dict[str, nn.Module]:
@@ -338,8 +312,8 @@ def train(
 
 def compare(
     base: nn.Module, tokenizer: Any, size: Size, args: argparse.Namespace, device: torch.device, out: Any
-) -> tuple[dict[str, Run], torch.Tensor]:
-    """Both fine-tunings, measured, and a batch of held-out tokens."""
+) -> tuple[dict[str, Run], list[torch.Tensor], list[torch.Tensor]]:
+    """Both fine-tunings, measured; the batches, and the held-out ones."""
     texts = _data.user_texts(args.data) if args.data else _data.prose(size.prose_chars)
     what = "--data" if args.data else "text"
     train_texts, held_texts = _data.hold_out(texts)
@@ -379,7 +353,7 @@ def compare(
         for name, peak in peaks.items():
             runs[name].numbers["peak_bytes"] = peak
         progress.step()
-    return runs, held_out[0].to(device)
+    return runs, batches, held_out
 
 
 # ------------------------------------------------------------------------------------------------------- the adapter
@@ -437,7 +411,8 @@ def main() -> int:
         out.print("base: " + train_base(Path(base_name), size, args, device, out))
     base, tokenizer = load_base(base_name, args, size, device)
     count = sum(p.numel() for p in base.parameters())
-    runs, held = compare(base, tokenizer, size, args, device, out)
+    runs, batches, held_out = compare(base, tokenizer, size, args, device, out)
+    held = held_out[0].to(device)
 
     adapter_dtype = args.dtype if args.adapter_dtype == "model" else "fp32"
     results: dict[str, Any] = {
@@ -456,6 +431,20 @@ def main() -> int:
     _report.picture(results, picture)
 
     results["reload"] = reload_in_peft(runs["lowmem"].model, base_name, adapter, held)
+    if args.quantized:
+        del base
+        results["quantized"] = _quantized.compare(
+            lambda: load_base(base_name, args, size, device)[0],
+            {key: runs["lowmem"].numbers[key] for key in ("losses", "held_out_before", "held_out_after", "trained")},
+            batches,
+            held_out,
+            args,
+            size.lr,
+            torch.float32 if args.adapter_dtype == "fp32" else DTYPES[args.dtype],
+            device,
+            out,
+        )
+        _report.show_quantized(out, results["quantized"], args.dtype)
     equal = results["reload"].get("float32", 0.0) <= 1e-5 and max(results["reload"].values()) <= 2e-2
     results["reloads_equal"] = equal
     results["seconds"] = time.perf_counter() - started

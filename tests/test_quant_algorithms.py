@@ -120,7 +120,8 @@ def test_scale_dtype_experts_and_repeatability(make):
     w = weight(3, 32, 64).bfloat16()
     q, a, b = make(w, 4, "nf4", scale=2.0, iterations=2)
     assert q.shape == (3, 32, 64) and a.shape == (3, 4, 64) and b.shape == (3, 32, 4)
-    assert a.dtype == torch.float32 and q.dtype == torch.float32
+    assert a.dtype == torch.float32 and q.dtype == torch.bfloat16
+    assert dequantize(q).dtype == torch.bfloat16
     assert relative(w.float(), q, a, b, scale=2.0) < relative(w.float(), q, a, b, scale=0.0)
     again = make(w, 4, "nf4", scale=2.0, iterations=2)
     assert torch.equal(again[1], a) and torch.equal(again[0].packed, q.packed)

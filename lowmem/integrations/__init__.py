@@ -2,6 +2,7 @@
 
 from .bitsandbytes_format import from_bitsandbytes, to_bitsandbytes
 from .peft_format import load_adapter, save_adapter
+from .quant_checkpoint import quantize_checkpoint, read_checkpoint
 from .quant_formats import from_awq, from_gptq, from_hqq, from_torchao
 
 __all__ = [
@@ -11,6 +12,8 @@ __all__ = [
     "from_hqq",
     "from_torchao",
     "load_adapter",
+    "quantize_checkpoint",
+    "read_checkpoint",
     "save_adapter",
     "to_bitsandbytes",
 ]

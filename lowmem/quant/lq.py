@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -121,13 +122,13 @@ class _Search:
             self.least, self.best = error, (q, left, right)
         return error
 
-    def result(self, scale: float, errors: list[float] | None) -> tuple[QTensor, Tensor, Tensor]:
+    def result(self, dtype: torch.dtype, scale: float, errors: list[float] | None) -> tuple[QTensor, Tensor, Tensor]:
         assert self.best is not None
         if errors is not None:
             errors[:] = self.errors
         q, left, right = self.best
         root = math.sqrt(scale)
-        return q, (right / root).contiguous(), (left / root).contiguous()
+        return replace(q, dtype=dtype), (right / root).contiguous(), (left / root).contiguous()
 
 
 def lq_decompose(
@@ -165,7 +166,8 @@ def lq_decompose(
         seed: int64[1], of the randomized SVD that serves small ``r`` (see :func:`low_rank`); None: a fixed one.
         errors: a list that receives each iterate's relative error, in the order of measuring.
 
-    Returns ``(Q, A [..., r, in], B [..., out, r])``, ``A`` and ``B`` in the dtype of the computation.
+    Returns ``(Q, A [..., r, in], B [..., out, r])``, ``A`` and ``B`` in the dtype of the computation,
+    ``Q`` dequantizing to ``w``'s.
 
     Raises ValueError or TypeError ``lowmem.lq_decompose: <argument>: expected ..., got ...``.
     """
@@ -184,7 +186,7 @@ def lq_decompose(
         if not now < last * (1 - tol):
             break
         last = now
-    return search.result(scale, errors)
+    return search.result(w.dtype, scale, errors)
 
 
 def loftq_init(
@@ -212,4 +214,4 @@ def loftq_init(
         q, dense = search.quantize(left, right)
         left, right = search.fit(dense)
         search.note(q, dense, left, right)
-    return search.result(scale, errors)
+    return search.result(w.dtype, scale, errors)
