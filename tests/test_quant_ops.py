@@ -1,17 +1,22 @@
 """The operators of the quant family on every device, format, dtype and shape, against their references in float64."""
 
+import mmap
+import sys
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from quant_cases import SPECS, fits, packed, weight
 
 from lowmem import memory
+from lowmem._dispatch import CPU
 from lowmem.memory import Workspace
 from lowmem.ops import qmatmul, qscale_grad
 from lowmem.ops import quant as ops
-from lowmem.quant import QuantSpec, dequantize, quantize
+from lowmem.quant import QTensor, QuantSpec, dequantize, quantize
 from lowmem.testing import (
     LAYOUTS,
     assert_close_to_reference,
@@ -25,6 +30,7 @@ pytestmark = pytest.mark.usefixtures("poisoned")
 every_spec = pytest.mark.parametrize("name", SPECS)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 OPS = torch.ops.lowmem
+FP32 = torch.float32
 
 
 def dequantized(reference, out, *args):
@@ -93,8 +99,8 @@ def test_matmul(name, op, device):
         if not fits(spec, k):
             continue
         q = packed(spec, n, k, device=device, float_zero=k == 160)
-        for dtype in DTYPES:
-            for m in (1, 2, 5, 0, 19) if k == 64 else (1, 3):
+        for dtype in DTYPES if op == "quant_matmul" else DTYPES[1:]:  # the one for few rows leaves float64 to it
+            for m in (1, 2, 5, 0, 35) if k == 64 else (1, 3):
                 for transposed in (False, True):
                     x, bias = inputs(q, m, dtype, transposed, device)
                     check_matmul(op, q, x, None if transposed else bias, transposed)
@@ -104,10 +110,56 @@ def test_matmul(name, op, device):
 def test_matmul_of_panels(op, device):
     # more rows and columns than one panel, and neither a multiple of it
     q = packed(QuantSpec("nf4", 64, double_quant=True), 1030, 640, device=device)
-    for m in (1, 3, 20):
+    for m in (1, 2, 3, 16, 37):
         for transposed in (False, True):
             x, bias = inputs(q, m, torch.bfloat16, transposed, device)
             check_matmul(op, q, x, None if transposed else bias, transposed)
+
+
+BF16 = ["nf4", "nf4-g16-nested", "fp4", "nf3", "nf2", "int4-row", "int3-row", "int2-row", "int4-g64-zero", "nf4-nested"]
+
+
+@pytest.mark.parametrize("name", BF16)
+def test_matmul_of_bf16_and_many_groups(name, device):
+    # what the level with BF16 products takes: K in 64s, groups of 64 or rows; more groups than a batch of scales; odd N
+    own = {
+        "int4-g64-zero": QuantSpec("int4", 64, zero_point=True),
+        "nf4-nested": QuantSpec("nf4", 64, double_quant=True),
+    }
+    spec = own.get(name) or SPECS[name]
+    for n, k in ((11, 64), (9, 2112), (6, 17024)):
+        q = packed(spec, n, k, device=device, float_zero=k == 2112)
+        for m in (1, 2, 3, 8, 13, 32):
+            for transposed in (False, True):
+                x, bias = inputs(q, m, torch.bfloat16, transposed, device)
+                check_matmul("quant_matmul_small", q, x, None if transposed else bias, transposed)
+    g4096 = packed(QuantSpec("nf4", 4096), 7, 1088, device=device)  # groups that end within rows
+    for transposed in (False, True):
+        x, bias = inputs(g4096, 5, torch.bfloat16, transposed, device)
+        check_matmul("quant_matmul_small", g4096, x, None if transposed else bias, transposed)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reserved address space")
+def test_offsets_beyond_32_bits():
+    # the last rows of a weight of more than 2**32 elements: address space whose other pages are never touched
+    n, k = 2**20 + 3, 4096
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+    flat = torch.frombuffer(mmap.mmap(-1, n * k // 2, flags=flags), dtype=torch.uint8)
+    spec = QuantSpec("nf4", 4096, scale_dtype=torch.bfloat16)
+    scale = torch.zeros(n, dtype=torch.bfloat16)
+    scale[-3:] = 0.5
+    flat[-3 * k // 2 :] = torch.randint(0, 256, (3 * k // 2,), dtype=torch.uint8)
+    q = QTensor(flat, scale, spec, (n, k), torch.float32).check("test")
+    small = QTensor(flat[-3 * k // 2 :].clone(), scale[-3:].clone(), spec, (3, k), torch.float32)
+    out = torch.empty(3, k)
+    OPS.quant_dequantize_(out, *q.tensors(), spec.code, k, n - 3, 0)
+    assert torch.equal(out, dequantize(small))
+    for dtype in (torch.float32, torch.bfloat16):
+        for transposed in (False, True):
+            x, _ = inputs(small, 2, dtype, transposed, "cpu")
+            got = OPS.quant_matmul_small(x, *q.tensors(), spec.code, 3, k, n - 3, None, transposed)
+            want = OPS.quant_matmul_small(x, *small.tensors(), spec.code, 3, k, 0, None, transposed)
+            assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("op", MATMULS)
@@ -187,6 +239,139 @@ def test_registration(name, device):
         check(op, (dy, *q.tensors(), spec.code, 6, 64, 0, None, True))
     check(OPS.quant_scale_grad.default, (dy, x, *q.tensors(), spec.code, 6, 64, 0))
     check(OPS.quant_quantize.default, (weight(6, 64).to(device), spec.code, spec.zero_point, spec.scales_in))
+
+
+@every_spec
+def test_the_quantizer_is_the_reference(name):
+    spec = SPECS[name]
+    for n, k in ((5, 64), (3, 37), (9, 96), (40, 256), (1, 5), (7, 320)):
+        if not fits(spec, k):
+            continue
+        for dtype in DTYPES:
+            w = weight(n, k, dtype=dtype)
+            w[0, :3], w.view(-1)[-1:] = 0, 3.0
+            for layout in ("contiguous", "transposed", "strided"):
+                args = (LAYOUTS[layout](w), spec.code, spec.zero_point, spec.scales_in)
+                for got, want in zip(OPS.quant_quantize(*args), ops.quantize_reference(*args), strict=True):
+                    assert torch.equal(got, want), (n, k, dtype, layout)
+
+
+LEVELS = ("plain", "avx2", "avx512", "avx512_bf16")
+IN_A_PROCESS = """
+import sys
+sys.path.insert(0, "tests")
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from quant_cases import SPECS, fits, packed, weight
+from lowmem.ops import quant as ops
+from lowmem.testing import assert_close_to_reference, reference_pair
+
+for name, spec in SPECS.items():
+    for n, k in ((6, 37), (5, 128), (3, 1088)):
+        if not fits(spec, k):
+            continue
+        q = packed(spec, n, k, float_zero=True)
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            a, b = torch.empty(n, k, dtype=dtype), torch.empty(n, k, dtype=dtype)
+            ops.dequantize_reference(a, *q.tensors(), spec.code, k, 0, 0)
+            torch.ops.lowmem.quant_dequantize_(b, *q.tensors(), spec.code, k, 0, 0)
+            assert torch.equal(a, b), (name, k, dtype)
+            for m in (1, 2, 6):
+                for transposed in (False, True):
+                    x = torch.randn(m, n if transposed else k).to(dtype)
+                    args = (x, *q.tensors(), spec.code, n, k, 0, None, transposed)
+                    exact, low = reference_pair(ops.matmul_reference, *args)
+                    got = torch.ops.lowmem.quant_matmul_small(*args)
+                    assert_close_to_reference(got, exact, low, terms=exact.abs() + exact.abs().mean() * 30, what=name)
+        w = weight(n, k)
+        args = (w, spec.code, spec.zero_point, spec.scales_in)
+        for got, want in zip(torch.ops.lowmem.quant_quantize(*args), ops.quantize_reference(*args)):
+            assert torch.equal(got, want), (name, k)
+print("same")
+"""
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_every_instruction_set(level, runs_under):
+    # each level in a process of its own; what this processor lacks is an error that names the flag, and no result
+    try:
+        assert "same" in runs_under("cpu", IN_A_PROCESS, LOWMEM_CPU_ISA=level)
+    except AssertionError as error:
+        if "LOWMEM_CPU_ISA" not in str(error) and "lowmem/_C is not built" not in str(error):
+            raise
+        pytest.skip(f"this machine does not run {level}")
+
+
+def test_the_number_of_threads_changes_nothing():
+    q = packed(SPECS["nf4"], 300, 1088)
+    results = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        parts = [dequantize(q), *OPS.quant_quantize(weight(300, 1088), q.spec.code, False, torch.float32)]
+        for dtype in (torch.float32, torch.bfloat16):
+            for transposed in (False, True):
+                x, _ = inputs(q, 7, dtype, transposed, "cpu")
+                parts.append(OPS.quant_matmul_small(x, *q.tensors(), q.spec.code, 300, 1088, 0, None, transposed))
+        results.append(parts)
+    torch.set_num_threads(1)
+    for one, two in zip(*results, strict=True):
+        assert torch.equal(one, two)
+
+
+@given(
+    st.sampled_from(sorted(SPECS)),
+    st.integers(0, 2**31),
+    st.sampled_from(["packed", "scale", "zero", "scale_code", "scale_absmax", "scale_offset"]),
+    st.integers(1, 40),
+)
+def test_tensors_that_are_too_short_are_refused(name, draw, field, less):
+    # whatever is cut off, no kernel reads beyond: it refuses before it computes
+    spec = SPECS[name]
+    q = packed(spec, 6, 64)
+    tensor = getattr(q, field)
+    if tensor is None:
+        return
+    g = torch.Generator().manual_seed(draw)
+    flat = tensor.reshape(-1)
+    q = replace(q, packed=torch.randint(0, 256, q.packed.shape, generator=g, dtype=torch.uint8))  # any bytes are codes
+    assert dequantize(q).isfinite().all()
+    cut = replace(q, **{field: flat[: max(flat.numel() - less, 0)].clone()})
+    if field == "scale_offset" and cut.scale_offset.numel() == 1:
+        return
+    x = torch.randn(2, 64)
+    for call in (
+        lambda: OPS.quant_dequantize_(torch.empty(6, 64), *cut.tensors(), spec.code, 64, 0, 0),
+        lambda: OPS.quant_matmul_small(x, *cut.tensors(), spec.code, 6, 64, 0, None, False),
+        lambda: cut.check("test"),
+    ):
+        with pytest.raises((RuntimeError, ValueError, IndexError), match=f"lowmem|{field}|shape|index|size"):
+            call()
+
+
+def test_bad_arguments_of_the_kernels():
+    q = packed(SPECS["int4-g32"], 6, 64)
+    a, code = q.tensors(), q.spec.code
+    if not CPU.loaded:
+        pytest.skip(CPU.why_not)
+    out, x = torch.empty(6, 64), torch.randn(2, 64)
+    for message, call in (
+        ("col0: expected columns within k = 64, got 1", lambda: OPS.quant_dequantize_(out, *a, code, 64, 0, 1)),
+        ("packed: expected at least", lambda: OPS.quant_dequantize_(out, *a, code, 64, 1, 0)),
+        ("row0: expected a row", lambda: OPS.quant_dequantize_(out, *a, code, 64, -1, 0)),
+        ("spec: expected QuantSpec.code", lambda: OPS.quant_dequantize_(out, *a, 15, 64, 0, 0)),
+        ("spec: expected QuantSpec.code", lambda: OPS.quant_dequantize_(out, *a, code | 3 << 9, 64, 0, 0)),
+        ("k: expected a multiple of the group size 32", lambda: OPS.quant_dequantize_(out, *a, code, 65, 0, 0)),
+        ("x: expected shape", lambda: OPS.quant_matmul_small(x[:, :63], *a, code, 6, 64, 0, None, False)),
+        ("packed: expected at least", lambda: OPS.quant_matmul_small(x, *a, code, 7, 64, 0, None, False)),
+        ("bias: expected 6 elements", lambda: OPS.quant_matmul_small(x, *a, code, 6, 64, 0, x[0], False)),
+        (
+            "w: expected columns that the group size 32 divides",
+            lambda: OPS.quant_quantize(x[:, :63], code, False, FP32),
+        ),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            call()
 
 
 # ----------------------------------------------------------------------------------------------------------- qmatmul

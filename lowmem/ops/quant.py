@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .._dispatch import define, serving
+from .._dispatch import CPU, define
 from .._dtypes import accumulate_dtype
 from .._errors import bad
 from ..memory.workspace import WORKSPACE
@@ -38,8 +38,8 @@ WEIGHT = (
 )
 """A weight among an operator's arguments: :meth:`QTensor.tensors` and :attr:`QuantSpec.code`."""
 
-SMALL_M = 16
-"""Rows of x up to which the CPU multiplies the packed bytes as they lie."""
+SMALL_M = 32
+"""Rows of bf16 x up to which the CPU multiplies the packed bytes as they lie; a quarter of it for fp32 and fp16."""
 
 PANEL = 512
 """Rows (forward) or columns (backward) of W that the CPU dequantizes at a time."""
@@ -213,9 +213,15 @@ def _panels(dequantize: Callable[..., None]) -> Callable[..., Tensor]:
     return matmul
 
 
+def _few(x: Tensor) -> bool:
+    if not CPU.loaded or x.dtype == torch.float64:
+        return False
+    return x.shape[-2] <= (SMALL_M if x.dtype == torch.bfloat16 else SMALL_M // 4)
+
+
 def _matmul_cpu(x: Tensor, *args: Any) -> Tensor:
     """Panels (``PANEL``), or for at most ``SMALL_M`` rows the packed bytes as they lie."""
-    if serving("quant_matmul_small", "cpu")[0] == "C++" and x.shape[-2] <= SMALL_M and x.dtype != torch.float64:
+    if _few(x):
         return torch.ops.lowmem.quant_matmul_small(x, *args)
     return _panels(torch.ops.lowmem.quant_dequantize_)(x, *args)
 
@@ -320,7 +326,8 @@ def pack_flat(codes: Tensor, spec: QuantSpec) -> Tensor:
 def quantize_reference(
     w: Tensor, spec: int, zero_point: bool, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The absmax quantizer: ``w [N, K]`` to flat ``(packed, scale, zero)``; the scales are not yet doubly quantized.
+    """The absmax quantizer: ``w [N, K]`` to flat ``(packed, scale, zero)``, computed in fp32; the scales are not yet
+    doubly quantized.
 
     Table formats: ``s = max|w|`` of the group, the code nearest to ``w * (1 / s)``; bit-equal to bitsandbytes, in which
     a short last group divides by s instead. Int formats: ``s = max|w| / (2**(bits-1) - 1)``, code
@@ -329,7 +336,7 @@ def quantize_reference(
     ``s = 0``."""
     what = QuantSpec.from_code(spec)
     rows, k = w.shape
-    wide = w.to(accumulate_dtype(w.dtype))
+    wide = w.to(torch.float32)
     empty = w.new_empty(0, dtype=torch.uint8)
     if what.is_table:
         table = code_table(what.format, w.device).to(wide.dtype)
@@ -367,6 +374,7 @@ define(
     DEQUANTIZE,
     fake=dequantize_fake,
     reference=dequantize_reference,
+    cpp=("cpu",),
 )
 define(
     "quant_matmul",
@@ -376,12 +384,24 @@ define(
     cpu=_matmul_cpu,
 )
 # the same product without scratch, for the few rows of decoding: a kernel of its own, to be chosen by quant_matmul
-define("quant_matmul_small", MATMUL, fake=matmul_fake, reference=matmul_reference)
+define("quant_matmul_small", MATMUL, fake=matmul_fake, reference=matmul_reference, cpp=("cpu",))
 define("quant_scale_grad", SCALE_GRAD, fake=scale_grad_fake, reference=scale_grad_reference, cpu=_scale_grad_cpu)
-define("quant_quantize", QUANTIZE, fake=quantize_fake, reference=quantize_reference)
+define("quant_quantize", QUANTIZE, fake=quantize_fake, reference=quantize_reference, cpp=("cpu",))
 
 
 # ------------------------------------------------------------------------------------------------------------ autograd
+
+
+def _product(x: Tensor, *args: Any) -> Tensor:
+    # Inside the Function nothing is recorded, yet an operator would still pass through the Autograd key and its check
+    # in Python, and quant_matmul on the CPU through a second kernel in Python: tens of microseconds, where decoding a
+    # token takes a few hundred. Not while compiling, where the tracer must see the operator.
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return torch.ops.lowmem.quant_matmul(x, *args)
+    with torch._C._AutoDispatchBelowAutograd():
+        if x.device.type == "cpu" and _few(x):
+            return torch.ops.lowmem.quant_matmul_small(x, *args)
+        return torch.ops.lowmem.quant_matmul(x, *args)
 
 
 class _QMatmul(torch.autograd.Function):
@@ -404,14 +424,14 @@ class _QMatmul(torch.autograd.Function):
         weight = (packed, scale, zero, scale_code, scale_absmax, scale_offset)
         ctx.save_for_backward(*weight)
         ctx.numbers = (spec, n, k, row0)
-        return torch.ops.lowmem.quant_matmul(x, *weight, spec, n, k, row0, bias, False)
+        return _product(x, *weight, spec, n, k, row0, bias, False)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         dx = dbias = None
         if ctx.needs_input_grad[0]:
             spec, n, k, row0 = ctx.numbers
-            dx = torch.ops.lowmem.quant_matmul(grad, *ctx.saved_tensors, spec, n, k, row0, None, True)
+            dx = _product(grad, *ctx.saved_tensors, spec, n, k, row0, None, True)
         if ctx.needs_input_grad[1]:
             dbias = grad.sum(tuple(range(grad.dim() - 1)))
         return dx, dbias, *[None] * 10
