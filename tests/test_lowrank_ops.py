@@ -213,6 +213,17 @@ def test_stochastic_rounding_is_unbiased_where_rounding_to_nearest_stands_still(
 
 
 @pytest.mark.parametrize("left", [True, False])
+def test_the_blocks_of_an_update_round_as_the_whole(device, left):
+    """Small whole numbers, so that no product or sum is rounded: only the random bits decide, row by row."""
+    torch.manual_seed(0)
+    w = torch.randn(33, 100, device=device).bfloat16()
+    p = torch.randint(-3, 4, (33 if left else 100, 4), device=device).bfloat16()
+    n = torch.randint(-3, 4, (4, 100) if left else (33, 4), device=device).bfloat16()
+    args = (p, n, left, 2.0**-12, 1.0, SEED.to(device))
+    assert torch.equal(mutated(OPS.lowrank_update_, w, *args), mutated(lowrank.update_reference, w, *args))
+
+
+@pytest.mark.parametrize("left", [True, False])
 def test_updates_round_stochastically(device, left):
     w, g, p, thin, rr, f = inputs(33, 100, 7, left, torch.bfloat16, device)
     seed = SEED.to(device)

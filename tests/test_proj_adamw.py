@@ -543,3 +543,19 @@ def test_no_warning_in_ordinary_use():
         warnings.simplefilter("error")
         params, targets = problem()
         steps(make(params, energy=0.5), params, targets, 9)
+
+
+def test_the_growth_limiter_bounds_growth_and_forgets_a_zero():
+    """The rest of the gradient grows by at most 1.01 a step; after a step of zeros it may have any size."""
+    p = nn.Parameter(torch.zeros(24, 40))
+    optimizer = ProjAdamW([p], 1.0, rank=4, residual="fira", scale=0.0, refresh=1000)
+    torch.manual_seed(0)
+    moved = []
+    for size in (1.0, 5.0, 5.0, 0.0, 3.0, 300.0):
+        before = p.detach().clone()
+        p.grad = size * torch.randn(24, 40)
+        optimizer.step()
+        moved.append(float((p.detach() - before).norm()))
+    assert moved[3] == 0
+    assert moved[1] <= 1.0101 * moved[0] and moved[2] <= 1.0101 * moved[1] and moved[5] <= 1.0101 * moved[4]
+    assert moved[4] > 0.1 * moved[0]
