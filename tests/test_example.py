@@ -79,6 +79,19 @@ def test_what_is_printed(job: tuple[Path, str, dict]) -> None:
         assert f"{run['held_out_after']:.4f}" in printed and f"{run['tokens_per_s']:,.0f}" in printed
 
 
+def test_quantized_bases(job: tuple[Path, str, dict]) -> None:
+    _, printed, results = job
+    dense, nf4, lq = (results["quantized"][name] for name in ("dense", "NF4", "2.25-bit LQ-LoRA"))
+    assert dense["bits"] == 16 and 4.1 < nf4["bits"] < 4.8 and 2 < lq["bits"] <= 2.25
+    assert dense["held_out_after"] == results["runs"]["lowmem"]["held_out_after"]
+    for run in (nf4, lq):
+        assert run["trained"] == dense["trained"] and run["weight_bytes"] < dense["weight_bytes"] / 3
+        assert run["held_out_after"] < run["held_out_before"] - 0.02
+        assert run["held_out_after"] < dense["held_out_after"] + 0.05
+    for words in ("NF4", "2.25-bit LQ-LoRA", "bits a weight", f"{lq['held_out_after']:.4f}"):
+        assert words in printed
+
+
 def test_the_picture(job: tuple[Path, str, dict]) -> None:
     from matplotlib.image import imread
 
@@ -118,7 +131,7 @@ def test_a_second_run_takes_the_base_and_other_data(job: tuple[Path, str, dict],
     lines = [json.dumps({"text": f"Line {i}: " + " ".join(str(i * k) for k in range(1, 40))}) for i in range(200)]
     (tmp_path / "data.jsonl").write_text("\n".join(lines))
     done = finetune(tmp_path, "--model", str(folder / "base-quick"), "--data", "data.jsonl", "--quick", "--steps", "8",
-                    "--adapter-dtype", "fp32", "--out", "elsewhere")  # fmt: skip
+                    "--adapter-dtype", "fp32", "--out", "elsewhere", "--no-quantized")  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads((tmp_path / "elsewhere" / "finetune.json").read_text())
     assert results["adapter_dtype"] == "fp32" and results["reloads_equal"]

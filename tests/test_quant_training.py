@@ -147,6 +147,21 @@ def test_a_scale_that_reaches_zero():
     assert torch.equal(layer.weight_scale.grad, torch.zeros(8, 1))
 
 
+@pytest.mark.parametrize("name", ["int4-row", "int2-g16-zero"])
+def test_rows_in_parts(name, monkeypatch):
+    q = quantize(weight(20, 96), SPECS[name])
+    dy, x = torch.randn(11, 20).double(), torch.randn(11, 96).double()
+    y, scale = torch.randn(11, 20).double(), torch.rand(20, 1).double() + 1
+    whole = qscale_grad(dy, x, q)
+    monkeypatch.setattr(quant_scale, "ROWS", 4)
+    monkeypatch.setattr(quant_scale, "PANEL", 7)
+    again = qscale_grad(dy, x, q)
+    for one, two in zip(whole, again, strict=True):
+        assert (one is None and two is None) or torch.allclose(one, two, rtol=1e-12, atol=1e-12)
+    in_parts = quant_scale.row_scale_grad(dy, y, scale)
+    assert torch.allclose(in_parts, ((dy * y).sum(0) / scale[:, 0])[:, None], rtol=1e-12)
+
+
 def test_one_expert_and_all():
     from dataclasses import replace
 
