@@ -27,7 +27,7 @@ from lowmem.quant import QuantSpec, assign_bits, dequantize, loftq_init, lq_deco
 
 COLUMNS = "weights format group scales zero method rank bits rank_bits error peer peer_error commit".split()
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-BUDGETS = (2.25, 2.5, 2.75, 3.0, 3.5)
+BUDGETS = (2.25, 2.5, 2.75, 3.0)
 
 
 def draw(kind: str, size: int, seed: int = 0) -> Tensor:
@@ -111,7 +111,7 @@ def row(kind: str, spec: QuantSpec, method: str, bits: float, found: float, **mo
     }
 
 
-def budgets(kind: str, size: int, rank: int) -> Iterator[dict[str, Any]]:
+def budgets(kind: str, size: int, rank: int, quantizer: Any) -> Iterator[dict[str, Any]]:
     """LQ-LoRA under a budget against the best single normal-float format at no more bits."""
     model = {str(s): s * draw(kind, size, seed=s) for s in (1, 2, 4)}
     total = sum(w.numel() for w in model.values())
@@ -133,22 +133,22 @@ def budgets(kind: str, size: int, rank: int) -> Iterator[dict[str, Any]]:
             # the closest in bits are enough: fewer bits of the same format are worse
             if spec.bits_per_weight(size, size) < budget - 0.3:
                 continue
-            found = error_of([w - dequantize(quantize(w, spec)) for w in model.values()])
+            found = error_of([w - dequantize(quantize(w, spec, method=quantizer)) for w in model.values()])
             best = min(best, (found, spec), key=lambda t: t[0]) if best else (found, spec)
         if best is not None:
-            yield row(kind, best[1], f"plain {budget}", best[1].bits_per_weight(size, size), best[0])
+            yield row(kind, best[1], f"plain {quantizer} {budget}", best[1].bits_per_weight(size, size), best[0])
         for r in (0, rank):
-            assigned = assign_bits(model, budget, r=r)
+            assigned = assign_bits(model, budget, r=r, method=quantizer)
             rest = []
             for name, w in model.items():
                 if r == 0:
-                    rest.append(w - dequantize(quantize(w, assigned[name])))
+                    rest.append(w - dequantize(quantize(w, assigned[name], method=quantizer)))
                     continue
-                q, a, b = lq_decompose(w, r, assigned[name], iterations=20)
+                q, a, b = lq_decompose(w, r, assigned[name], method=quantizer, iterations=10)
                 rest.append(w - dequantize(q) - b @ a)
             formats = "+".join(f"{s.format}g{s.group_size}" for s in assigned.values())
             extra = {"rank": r, "rank_bits": f"{32 * r / size:.3f}", "format": formats, "group": "", "scales": ""}
-            method = f"lq {budget}" if r else f"assign {budget}"
+            method = f"lq {quantizer} {budget}" if r else f"assign {quantizer} {budget}"
             yield row(kind, assigned["1"], method, bits_of(assigned), error_of(rest)) | extra
 
 
@@ -175,7 +175,8 @@ def main() -> None:
             q, a, b = make(w, args.rank, spec, iterations=5 if name == "loftq" else 50)
             extra = {"rank": args.rank, "rank_bits": f"{32 * args.rank / args.size:.3f}"}
             rows.append(row(kind, spec, name, q.bits_per_weight, error(w, dequantize(q) + b @ a)) | extra)
-        rows += budgets(kind, args.size // 2, args.rank // 2)
+        for quantizer in ("absmax", "mse"):
+            rows += budgets(kind, args.size // 2, args.rank // 2, quantizer)
     for r in rows:
         print("  ".join(f"{r.get(c, '')!s:>8}" for c in COLUMNS[:-1]))
     if args.csv:

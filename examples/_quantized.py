@@ -45,15 +45,16 @@ def lq_lora(model: nn.Module, args: argparse.Namespace, dtype: torch.dtype) -> n
     layers = linear_layers(model)
     choices = [
         QuantSpec(f, g, double_quant=True, scale_bits=b, scale_dtype=torch.bfloat16, scale_group=64)
-        for f in ("nf2", "nf3")
+        for f in ("int2", "int3")
         for g in (16, 32, 64)
-        for b in (3, 4, 8)
+        for b in (4, 8)
     ]
-    specs = assign_bits({n: m.weight for n, m in layers.items()}, BUDGET, specs=choices, r=args.r)
+    # scales that clip are worth most at 2 bits
+    specs = assign_bits({n: m.weight for n, m in layers.items()}, BUDGET, specs=choices, r=args.r, method="mse")
     factors = {}
     for name, linear in layers.items():
         r = min(args.r, *linear.weight.shape)
-        q, a, b = lq_decompose(linear.weight, r, specs[name], scale=args.alpha / args.r, iterations=10)
+        q, a, b = lq_decompose(linear.weight, r, specs[name], scale=args.alpha / args.r, method="mse", iterations=5)
         factors[name] = a, b
         put(model, name, QuantLinear.from_qtensor(q, linear.bias))
     model = lowmem.convert(model, r=args.r, alpha=args.alpha, dropout=args.dropout, adapter_dtype=dtype)

@@ -201,16 +201,18 @@ def test_program_leaves_out_what_does_not_fit():
         solve_budget([[nan, 1.0], [0.5, nan]], [[1, 5], [5, 1]], 9)
 
 
+@pytest.mark.parametrize("method", ["absmax", "mse"])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_costs_are_the_errors_of_quantize(weighted):
+def test_costs_are_the_errors_of_quantize(weighted, method):
     w = heavy(24, 96)
     fisher = torch.rand(24, 96) if weighted else None
-    specs = [s for s in lq_specs() if s.group_size != 64][::7] + [QuantSpec("nf4", 64), QuantSpec("int4", 32)]
+    specs = [s for s in lq_specs() if s.group_size != 64][:: 7 if method == "absmax" else 29]
+    specs += [QuantSpec("nf4", 64), QuantSpec("int4", 32)]
     specs += [QuantSpec("int3", 32, zero_point=True), QuantSpec("int8", 64)]
-    costs = quantization_costs(w, specs, fisher=fisher)
+    costs = quantization_costs(w, specs, fisher=fisher, method=method)
     assert math.isnan(costs[-1])  # 96 columns have no groups of 64
     for spec, cost in list(zip(specs, costs, strict=True))[:-1]:
-        rest = w - dequantize(quantize(w, spec))
+        rest = w - dequantize(quantize(w, spec, method=method))
         exact = float((rest.square() * (1 if fisher is None else fisher)).sum())
         assert cost == pytest.approx(exact, rel=1e-3), spec
 
@@ -241,23 +243,27 @@ def test_lq_lora_beats_plain_formats_at_equal_storage(budget):
     def mean_bits(assigned):
         return sum(8 * s.storage_bytes(*model[n].shape) for n, s in assigned.items()) / total
 
-    def plain_error(assigned):
-        return sum(float((w - dequantize(quantize(w, assigned[n]))).square().sum()) for n, w in model.items())
+    def plain_error(assigned, method="absmax"):
+        made = {n: dequantize(quantize(w, assigned[n], method=method)) for n, w in model.items()}
+        return sum(float((w - made[n]).square().sum()) for n, w in model.items())
 
     # the best single normal-float format that fits the budget, its scales doubly quantized or not
     single = [*specs, *(QuantSpec(f, g, scale_dtype=t) for f in ("nf2", "nf3") for g in (16, 32, 64, 128)
                         for t in (torch.float32, torch.bfloat16))]  # fmt: skip
     fitting = [dict.fromkeys(model, s) for s in single if s.is_table and mean_bits(dict.fromkeys(model, s)) <= budget]
-    plain = min(plain_error(a) for a in fitting)
-    assigned = assign_bits(model, budget, specs=specs, r=8)
-    assert mean_bits(assigned) <= budget
-    lq = 0.0
-    for name, w in model.items():
-        q, a, b = lq_decompose(w, 8, assigned[name])
-        assert q.nbytes == assigned[name].storage_bytes(*w.shape)
-        lq += float((w - dequantize(q) - b @ a).square().sum())
-    assert plain_error(assign_bits(model, budget, specs=specs)) < plain  # the program alone
-    assert lq < 0.8 * plain
+    for method in ("absmax", "mse"):
+        # with clipping the best formats differ little: those of the most bits are enough
+        some = fitting if method == "absmax" else sorted(fitting, key=mean_bits)[-12:]
+        plain = min(plain_error(a, method) for a in some)
+        assigned = assign_bits(model, budget, specs=specs, r=8, method=method)
+        assert mean_bits(assigned) <= budget
+        lq = 0.0
+        for name, w in model.items():
+            q, a, b = lq_decompose(w, 8, assigned[name], method=method, iterations=10)
+            assert q.nbytes == assigned[name].storage_bytes(*w.shape)
+            lq += float((w - dequantize(q) - b @ a).square().sum())
+        assert plain_error(assign_bits(model, budget, specs=specs, method=method), method) < plain  # the program alone
+        assert lq < 0.8 * plain, method
 
 
 def test_assign_bits_of_a_module():

@@ -11,7 +11,7 @@ import itertools
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,10 +102,16 @@ def _undominated(costs: Sequence[float], bits: Sequence[int]) -> list[int]:
 
 
 def quantization_costs(
-    w: Tensor, specs: Sequence[QuantSpec], *, r: int = 0, fisher: Tensor | None = None, sample: int = SAMPLE
+    w: Tensor,
+    specs: Sequence[QuantSpec],
+    *,
+    r: int = 0,
+    fisher: Tensor | None = None,
+    method: Literal["absmax", "mse", "hqq"] = "absmax",
+    sample: int = SAMPLE,
 ) -> list[float]:
-    """``||sqrt(F) * (W - dequantize(quantize(W)))||**2`` for each spec (``F = 1`` without ``fisher``), NaN where it
-    does not fit; with ``r``, of ``W`` less its best rank-r term.
+    """``||sqrt(F) * (W - dequantize(quantize(W, spec, method)))||**2`` for each spec (``F = 1`` without ``fisher``),
+    NaN where it does not fit; with ``r``, of ``W`` less its best rank-r term.
 
     Measured on ``sample`` elements and scaled up. Specs whose codes do not depend on how scales are stored share them:
     a group's error is ``sum F w^2 - 2 s sum F w v + s^2 sum F v^2``, ``v`` the codes' values."""
@@ -126,10 +132,11 @@ def quantization_costs(
         if not spec.is_table and spec.group_size > 0 and part.shape[1] % spec.group_size:
             costs.append(math.nan)
             continue
-        wide = torch.float32 if spec.is_table else spec.scales_in  # int formats choose codes under the rounded scale
+        exact = spec.is_table and method == "absmax"  # others choose codes under scales as they are stored
+        wide = torch.float32 if exact else spec.scales_in
         base = QuantSpec(spec.format, spec.group_size, zero_point=spec.zero_point, scale_dtype=wide)
         if base not in plain:
-            plain[base] = quantize(part, base)
+            plain[base] = quantize(part, base, method=method)
         q = replace(plain[base], spec=spec, scale=plain[base].scale.to(spec.scales_in))
         if spec.double_quant:
             q = double_quantize(q, q.scale)
@@ -168,6 +175,7 @@ def assign_bits(
     r: int = 0,
     fisher: Mapping[str, Tensor] | None = None,
     target_modules: str | Collection[str] = "all-linear",
+    method: Literal["absmax", "mse", "hqq"] = "absmax",
     sample: int = SAMPLE,
 ) -> dict[str, QuantSpec]:
     """A spec for each linear layer so that they take at most ``budget_bits`` bits a weight together, with the least sum
@@ -180,6 +188,7 @@ def assign_bits(
         r: rank of the low-rank term that :func:`lq_decompose` will take out; 0 for none.
         fisher: name to the mean squared gradient of that weight, its shape.
         target_modules: which layers of a module, PEFT's rules.
+        method: of :func:`quantize`, which the weights will be quantized with.
         sample: elements of a matrix that are quantized to measure its errors.
 
     Returns name to spec. Needs scipy. Raises ValueError ``lowmem.assign_bits: <argument>: expected ..., got ...``.
@@ -209,7 +218,7 @@ def assign_bits(
             bad(op, "fisher", f"shape {list(w.shape)} for {name!r}", list(f.shape))
         if not bool(torch.isfinite(w).all()):
             bad(op, "model", "finite weights", f"NaN or infinity in {name!r}")
-        row = quantization_costs(w, candidates, r=min(r, *w.shape[-2:]), fisher=f, sample=sample)
+        row = quantization_costs(w, candidates, r=min(r, *w.shape[-2:]), fisher=f, method=method, sample=sample)
         if all(math.isnan(c) for c in row):
             bad(op, "specs", f"one that fits {name!r} with K = {w.shape[-1]}", "none")
         costs.append(row)
