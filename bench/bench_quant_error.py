@@ -1,6 +1,6 @@
 """How far quantized weights are from dense ones: every format and quantizer, beside the packages that own the formats.
 
-    python bench/bench_quant_error.py [--size 1024] [--rank 32] [--csv FILE]
+    python bench/bench_quant_error.py [--size 512] [--rank 16] [--csv FILE]
 
 ``error`` is ``||W - dequantize(Q) - B A|| / ||W||`` for ``W [size, size]`` from a fixed seed: Gaussian, and Student's
 t with four degrees of freedom (heavy tails). ``bits`` are the bytes of ``Q``'s tensors, times 8, a weight;
@@ -154,8 +154,8 @@ def budgets(kind: str, size: int, rank: int, quantizer: Any) -> Iterator[dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
-    parser.add_argument("--size", type=int, default=1024)
-    parser.add_argument("--rank", type=int, default=32)
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--csv")
     args = parser.parse_args()
     theirs, rows = peers(), []
@@ -176,7 +176,7 @@ def main() -> None:
             extra = {"rank": args.rank, "rank_bits": f"{32 * args.rank / args.size:.3f}"}
             rows.append(row(kind, spec, name, q.bits_per_weight, error(w, dequantize(q) + b @ a)) | extra)
         for quantizer in ("absmax", "mse"):
-            rows += budgets(kind, args.size // 2, args.rank // 2, quantizer)
+            rows += budgets(kind, args.size, args.rank, quantizer)
     for r in rows:
         print("  ".join(f"{r.get(c, '')!s:>8}" for c in COLUMNS[:-1]))
     if args.csv:
