@@ -2,7 +2,7 @@
 
 from . import memory, nn, ops, optim, quant
 from .convert import convert
-from .integrations import load_adapter, save_adapter
+from .integrations import load_adapter, load_quantized, save_adapter, save_quantized
 from .report import backends, report
 
 __version__ = "0.1.0"
@@ -12,6 +12,7 @@ __all__ = [
     "backends",
     "convert",
     "load_adapter",
+    "load_quantized",
     "memory",
     "nn",
     "ops",
@@ -19,4 +20,5 @@ __all__ = [
     "quant",
     "report",
     "save_adapter",
+    "save_quantized",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -17,6 +17,8 @@ from .nn.lora_embedding import FusedLoRAEmbedding
 from .nn.lora_group import FusedLoRAGroup, groups_by_call, groups_by_name
 from .nn.lora_layer import PARTS, LoRALayer, check_adapter, lora_layers
 from .nn.quant import QuantLinear
+from .quant import QuantSpec
+from .quant.formats import as_spec
 
 Model = TypeVar("Model", bound=nn.Module)
 KINDS = (nn.Linear, nn.Embedding, nn.Conv2d)  # what an adapter goes on
@@ -83,13 +85,60 @@ def _shares(other: nn.Module, module: nn.Module) -> bool:
     return any(p is weight for p in other.parameters(recurse=False))
 
 
+def _quant_specs(
+    model: nn.Module,
+    targets: Mapping[str, nn.Module],
+    quant: str | QuantSpec | Mapping[str, str | QuantSpec] | None,
+) -> dict[str, QuantSpec]:
+    """The spec of every layer to quantize, with everything that could make one fail looked at before any is."""
+    if quant is None:
+        return {}
+    op = "convert"
+    dense = {n: m for n, m in targets.items() if type(m) is nn.Linear}
+    if isinstance(quant, Mapping):
+        specs = {n.removesuffix(".weight"): as_spec(op, spec) for n, spec in quant.items()}
+        lost = [n for n in specs if n not in dense]
+        if lost:
+            bad(op, "quant", "names of dense linear layers among target_modules", repr(lost[0]))
+    else:
+        one = as_spec(op, quant)
+        specs = dict.fromkeys(dense, one)
+    if not specs:
+        bad(op, "quant", "dense linear layers among target_modules", "none")
+    for name, spec in specs.items():
+        module = dense[name]
+        k = module.in_features
+        if not spec.is_table and spec.group_size > 0 and k % spec.group_size:
+            bad(op, "quant", f"a group size that divides K = {k} of {name!r}", spec.group_size)
+        if any(m is not module and _shares(m, module) for m in model.modules()):
+            bad(op, "quant", "weights that no other module reads", f"{name!r}, which is tied", hint="untie or leave it")
+        if not bool(torch.isfinite(module.weight).all()):
+            bad(op, "quant", "finite weights", f"NaN or infinity in {name!r}")
+    return specs
+
+
+def _quantize_layers(model: nn.Module, targets: dict[str, nn.Module], specs: Mapping[str, QuantSpec]) -> None:
+    """Put a QuantLinear in the place of each layer that ``specs`` names, in ``model`` and in ``targets``."""
+    for name, spec in specs.items():
+        module = targets[name]
+        if type(module) is not nn.Linear:
+            continue  # the same module under another name, done there
+        layer = QuantLinear.from_linear(module, spec)
+        for place in [n for n, m in model.named_modules(remove_duplicate=False) if m is module]:
+            parent, _, child = place.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer)
+            if place in targets:
+                targets[place] = layer
+
+
 def convert(
     model: Model,
     *,
-    r: int,
+    r: int | None = None,
     alpha: float | None = None,
     dropout: float = 0.0,
     target_modules: str | Collection[str] = "all-linear",
+    quant: str | QuantSpec | Mapping[str, str | QuantSpec] | None = None,
     use_rslora: bool = False,
     adapter_dtype: torch.dtype | None = None,
     mask: Literal["bits", "seed"] = "bits",
@@ -105,14 +154,21 @@ def convert(
 
     The layers share the weights they had: no copy of the model is made. Nothing is changed unless all of it can be.
 
+    With ``quant`` the linear layers' weights are quantized first, one after the other, and their dense ones let go:
+    QLoRA (arXiv 2305.14314) with ``r``; without, the layers become :class:`lowmem.nn.QuantLinear`.
+
     Args:
         model: any ``nn.Module``.
-        r: rank of every adapter.
+        r: rank of every adapter; None puts in none (then ``quant`` is needed).
         alpha: numerator of the scale ``alpha / r``; None means ``r``, a scale of 1.
         dropout: drop probability of the adapters' input while training.
         target_modules: ``"all-linear"`` (every plain ``nn.Linear`` but the output head), another string as a regular
             expression that must match a module's whole name, or a collection of names or dotted suffixes of names, as
             in PEFT.
+        quant: a format of :mod:`lowmem.quant` or a :class:`lowmem.quant.QuantSpec` for the linear layers among the
+            targets, or names of such layers to formats (:func:`lowmem.quant.assign_bits` makes one), the others staying
+            dense. Refused, with nothing changed, where a weight is not finite, is shared with another module, or has a
+            K that a group size does not divide.
         use_rslora, adapter_dtype, mask, use_dora, gate, train, name: see :class:`lowmem.nn.FusedLoRALinear`. ``mask``
             is for linear layers; embeddings and convolutions take neither ``use_dora`` nor ``gate``.
         example_inputs: arguments for one call of ``model`` (a dict of keywords, a tuple, or a tensor), made here once
@@ -125,7 +181,10 @@ def convert(
     Raises ValueError or TypeError ``lowmem.convert: <argument>: expected ..., got ...``: nothing matches, a match is
     none of the three kinds, or the model is converted already.
     """
-    check_adapter("convert", name, r, r if alpha is None else alpha, dropout)
+    if r is None and quant is None:
+        bad("convert", "r", "a rank, or quant=...", None)
+    if r is not None:
+        check_adapter("convert", name, r, r if alpha is None else alpha, dropout)
     present = [layer_name for layer_name, _ in lora_layers(model)]
     if present:
         got = f"{len(present)} of lowmem's layers ({present[0]!r}, ...)"
@@ -139,6 +198,7 @@ def convert(
             f"names of nn.Linear layers (there are: {', '.join(linears) or 'none'})",
             repr(target_modules),
         )
+    specs = _quant_specs(model, targets, quant)
     adapter: dict[str, Any] = {
         "r": r,
         "alpha": r if alpha is None else alpha,
@@ -153,6 +213,11 @@ def convert(
     plain = [layer_name for layer_name, module in targets.items() if not isinstance(module, nn.Linear)]
     if plain and (use_dora or gate):
         bad("convert", "use_dora, gate", f"False, since {plain[0]!r} is no nn.Linear", (use_dora, gate))
+    if r is not None and specs:  # the adapters' settings are tried out before a weight is quantized
+        FusedLoRALinear(1, 1, mask=mask, **adapter)
+    _quantize_layers(model, targets, specs)
+    if r is None:
+        return model
     layers: dict[int, LoRALayer] = {}  # one layer for a module that is used in several places
     for layer_name, module in targets.items():
         if id(module) in layers:
