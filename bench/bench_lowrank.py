@@ -8,9 +8,9 @@ Step rows, for a weight m x n at r = 128 in fp32 and bf16: a whole ``ProjAdamW.s
 check for NaN. "GEMMs" are the two products of a step alone (R = P^T G, U = P N), ``torch.mm`` with ``out=``; "torch" is
 torch.optim.AdamW(fused=True) on the same weight; "peer" is galore_torch 1.0's step, where it is installed.
 
-Refresh rows: one power step from the basis of some steps before (``lowmem.factor.power_iteration``), on gradients
-captured from a Llama with layers of these sizes that trains on the standard library's source. "torch" is
-``torch.linalg.svd``. The energy that the new basis captures is given as a share of the best possible.
+Refresh rows: power steps from the basis of some steps before (``lowmem.factor.power_iteration``), on gradients captured
+from a Llama with layers of these sizes that trains on the standard library's source. "torch" is ``torch.linalg.svd``.
+The energy that the new basis captures is given as a share of the best possible.
 """
 
 from __future__ import annotations
@@ -183,11 +183,14 @@ def bench_refresh(out: Results, args: Any, shape: tuple[int, int]) -> list[Targe
     def share(p: torch.Tensor) -> float:
         return float(((p.double().T @ a.double()) ** 2).sum()) / best
 
-    low = a.to(BF16)
+    seed = torch.tensor([1], device=a.device)
+    # (steps, columns beyond the rank, dtype of the products); the conversion to it is in the time
+    kinds = [(1, 0, None), (1, 0, BF16), (2, 64, None), (2, 64, BF16)]
     calls: dict[str, Callable[[int], Any]] = {}
-    for steps in (1, 2, 3):
-        calls[f"power {steps}"] = lambda _, steps=steps: power_iteration(a, stale, iters=steps)
-        calls[f"power {steps} bf16"] = lambda _, steps=steps: power_iteration(low, stale, iters=steps)
+    for steps, more, products in kinds:
+        name = f"power {steps}" + (f" +{more}" if more else "") + (" bf16" if products else "")
+        options = {"iters": steps, "oversample": more, "seed": seed, "products": products}
+        calls[name] = lambda _, options=options: power_iteration(a, stale, **options)
     shares = {name: share(call(0)[0]) for name, call in calls.items()}
     calls["torch.linalg.svd"] = lambda _: torch.linalg.svd(a, full_matrices=False)
     times = paired(calls, args.device, rounds=args.svd_rounds, warm=0)

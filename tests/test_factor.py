@@ -108,6 +108,25 @@ def test_power_iteration_from_a_stale_basis(shape):
     torch.testing.assert_close(s, torch.linalg.svdvals(g)[..., :6], rtol=1e-3, atol=1e-4)
 
 
+def test_oversampling_captures_more_and_repeats():
+    g = spectrum(64, 200, 0.97 ** torch.arange(64))
+    old = torch.linalg.qr(torch.randn(64, 8)).Q
+    best = float((torch.linalg.svdvals(g)[:8] ** 2).sum())
+
+    def share(**options):
+        p, _ = power_iteration(g, old, iters=2, **options)
+        assert p.shape == (64, 8) and off(p) <= 1e-5
+        return float(((p.T @ g) ** 2).sum()) / best
+
+    assert share(oversample=24, seed=SEED) > share(oversample=8, seed=SEED) > share()
+    assert abs(share(oversample=24, seed=SEED, products=torch.bfloat16) - share(oversample=24, seed=SEED)) < 1e-3
+    whole, s = power_iteration(g, old, oversample=100, seed=SEED)  # 56 more columns are all there are
+    torch.testing.assert_close(s, torch.linalg.svdvals(g)[:8], rtol=1e-4, atol=1e-5)
+    assert torch.equal(whole, power_iteration(g, old, oversample=100, seed=SEED)[0])
+    both, _ = power_iteration(torch.stack((g, g)), torch.stack((old, old)), oversample=8, seed=SEED)
+    assert both.shape == (2, 64, 8) and not torch.equal(both[0], both[1])
+
+
 def test_power_iteration_of_captured_like_gradients_in_bf16():
     g = spectrum(64, 200, 0.9 ** torch.arange(64), torch.bfloat16)
     p, _ = power_iteration(g, torch.linalg.qr(torch.randn(64, 16)).Q, iters=4)
@@ -149,6 +168,10 @@ def test_bad_input():
         power_iteration(g, torch.randn(6, 5))
     with pytest.raises(ValueError, match="iters"):
         power_iteration(g, torch.randn(6, 2), iters=0)
+    with pytest.raises(ValueError, match="oversample"):
+        power_iteration(g, torch.randn(6, 2), oversample=-1)
+    with pytest.raises(ValueError, match="seed: expected an int64 tensor of one element, for oversample > 0"):
+        power_iteration(g, torch.randn(6, 2), oversample=2)
     with pytest.raises(ValueError, match="at most as many columns as rows"):
         orthonormal(g)
     with pytest.raises(ValueError, match="method"):

@@ -11,6 +11,7 @@ Fukaya et al., "CholeskyQR2" (ScalA 2014).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -141,34 +142,61 @@ def rsvd(g: Tensor, r: int, *, seed: Tensor, oversample: int = _OVERSAMPLE, iter
     return (u, s, v.mT) if m <= n else (v, s, u.mT)
 
 
-def power_iteration(g: Tensor, p: Tensor, *, iters: int = 1, rotate: bool = False) -> tuple[Tensor, Tensor | None]:
+def widen(p: Tensor, columns: int, seeds: Sequence[Tensor]) -> Tensor:
+    """The basis ``p [..., s, k]`` with ``columns`` random orthonormal ones behind it, one seed a matrix of the batch."""
+    if columns <= 0:
+        return p
+    more = torch.stack([gaussian((p.shape[-2], columns), seed, p.dtype) for seed in seeds])
+    more = more.to(p.device).view(*p.shape[:-1], columns)
+    return torch.cat((p, orthonormal(more - p @ (p.mT @ more))), -1)
+
+
+def power_iteration(
+    g: Tensor,
+    p: Tensor,
+    *,
+    iters: int = 1,
+    rotate: bool = False,
+    oversample: int = 0,
+    seed: Tensor | None = None,
+    products: torch.dtype | None = None,
+) -> tuple[Tensor, Tensor | None]:
     """A warm step of subspace iteration: ``(basis [..., s, k], S)`` from the basis ``p [..., s, k]`` of before.
 
     ``g`` is ``[..., m, n]`` and s is the side that ``p`` has (m where m equals s, else n). Each of ``iters`` steps is
     ``Z = orth(g^T P)``, ``P = orth(g Z)``. With ``rotate`` the columns become approximate singular vectors, in
     descending order, and ``S [..., k]`` their singular values; else S is None and the basis stays close to ``p``'s
-    order. Raises ValueError where ``p`` fits neither side.
+    order. ``oversample`` random columns (from ``seed``) go along and the best k are kept, which implies ``rotate``:
+    the error then shrinks by ``s_{k + oversample + 1} / s_k`` a step, squared, not by ``s_{k + 1} / s_k``. ``products``
+    is the dtype in which ``g`` is multiplied (sums are fp32): bf16 moves the basis by some 2^-9 and the energy that it
+    captures by the square of that. Raises ValueError where ``p`` fits neither side.
     """
     op = "factor.power_iteration"
     _matrix(op, g)
-    if (
-        not isinstance(p, Tensor)
-        or p.dim() != g.dim()
-        or p.shape[-2] not in g.shape[-2:]
-        or p.shape[:-2] != g.shape[:-2]
-    ):
+    like = isinstance(p, Tensor) and p.dim() == g.dim() and p.shape[:-2] == g.shape[:-2]
+    if not like or p.shape[-2] not in g.shape[-2:]:
         got = f"shape {tuple(p.shape)}" if isinstance(p, Tensor) else type(p).__name__
         bad(op, "p", f"a basis [..., {g.shape[-2]} or {g.shape[-1]}, k] for g of shape {tuple(g.shape)}", got)
     if isinstance(iters, bool) or not isinstance(iters, int) or iters < 1:
         bad(op, "iters", "a whole number >= 1", repr(iters))
+    if isinstance(oversample, bool) or not isinstance(oversample, int) or oversample < 0:
+        bad(op, "oversample", "a whole number >= 0", repr(oversample))
+    if oversample and seed is None:
+        bad(op, "seed", "an int64 tensor of one element, for oversample > 0", "None")
     a = g if p.shape[-2] == g.shape[-2] else g.mT
-    if p.shape[-1] > min(a.shape[-2:]):
-        bad(op, "p", f"at most {min(a.shape[-2:])} columns", p.shape[-1])
-    q = _iterate(a, p.to(working_dtype(g.dtype)), iters)
-    if not rotate:
+    k, most = p.shape[-1], min(a.shape[-2:])
+    if k > most:
+        bad(op, "p", f"at most {most} columns", k)
+    q = p.to(working_dtype(g.dtype))
+    if oversample and seed is not None:
+        count = q.shape[:-2].numel()
+        q = widen(q, min(oversample, most - k), [seed + i for i in range(count)])
+    a = a if products is None else a.to(products)
+    q = _iterate(a, q, iters)
+    if not rotate and not oversample:
         return q, None
     u, s, _ = _ritz(a, q)
-    return u, s
+    return u[..., :k], s[..., :k]
 
 
 def smallest_rank(s: Tensor, total: float | Tensor, lost: float) -> int:

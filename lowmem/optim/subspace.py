@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factor.lowrank import gaussian, orthonormal, power_iteration, rsvd, smallest_rank, working_dtype
+from ..factor.lowrank import gaussian, orthonormal, power_iteration, rsvd, smallest_rank, widen, working_dtype
 from ..ops.lowrank import axpy_rows, row_blocks
 
 _OPS = torch.ops.lowmem
@@ -43,12 +43,10 @@ def singular_basis(
         return u[..., :k], s[..., :k]
     if projector == "power" and old is not None:
         start = old.to(working_dtype(a.dtype))[..., :k]
-        if start.shape[-1] < k:
-            more = torch.stack([gaussian((a.shape[-2], k - start.shape[-1]), s, start.dtype) for s in seeds])
-            start = orthonormal(torch.cat((start, more.to(start.device)), -1))
-        basis, values = power_iteration(a, start, iters=iters or 1, rotate=True)
+        start = widen(start, min(k + k // 2, *a.shape[-2:]) - start.shape[-1], seeds)
+        basis, values = power_iteration(a, start, iters=iters or 2, rotate=True)
         assert values is not None
-        return basis, values
+        return basis[..., :k], values[..., :k]
     found = [rsvd(a[i], k, seed=seed, iters=2 if iters is None else iters) for i, seed in enumerate(seeds)]
     return torch.stack([u for u, _, _ in found]), torch.stack([s for _, s, _ in found])
 
