@@ -143,7 +143,7 @@ def rsvd(g: Tensor, r: int, *, seed: Tensor, oversample: int = _OVERSAMPLE, iter
 
 
 def widen(p: Tensor, columns: int, seeds: Sequence[Tensor]) -> Tensor:
-    """The basis ``p [..., s, k]`` with ``columns`` random orthonormal ones behind it, one seed a matrix of the batch."""
+    """The basis ``p [..., s, k]`` and ``columns`` random orthonormal ones behind it; a seed for each matrix."""
     if columns <= 0:
         return p
     more = torch.stack([gaussian((p.shape[-2], columns), seed, p.dtype) for seed in seeds])

@@ -37,9 +37,9 @@ class ProjAdamW(Optimizer):
 
     Arguments that name a method's axes:
 
-    - ``projector``: ``"rsvd"`` (randomized SVD), ``"power"`` (``iters``, by default 2, power steps from the
-      basis of before and half as many random columns), ``"svd"`` (exact), ``"random"`` (orthonormal; Gaussian with variance 1/r under ``residual="apollo"``),
-      ``"randk"`` (r rows or columns drawn at random: index gathers, no products).
+    - ``projector``: ``"rsvd"`` (randomized SVD), ``"power"`` (``iters``, by default 2, power steps from the basis of
+      before and half as many random columns), ``"svd"`` (exact), ``"random"`` (orthonormal; Gaussian with variance 1/r
+      under ``residual="apollo"``), ``"randk"`` (r rows or columns drawn at random: index gathers, no products).
     - ``refresh``: steps between two bases, :class:`OnConverged` or :class:`OnSimilar`. ``stagger`` moves each matrix's
       first period, so that refreshes spread over the steps.
     - ``moments`` on a new basis, with C = P_new^T P_old: ``"rotate"`` (M <- C M, V <- (C o C) V, never negative),
