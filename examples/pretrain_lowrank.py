@@ -131,15 +131,15 @@ def main() -> None:
     """Train with each; write tables and the picture."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--steps", type=int, default=400)
+    add("--steps", type=int, default=300)
     add("--finetune-steps", type=int, default=100)
-    add("--hidden", type=int, default=192)
-    add("--layers", type=int, default=4)
+    add("--hidden", type=int, default=128)
+    add("--layers", type=int, default=3)
     add("--batch", type=int, default=8)
     add("--seq", type=int, default=128)
-    add("--vocab", type=int, default=2048)
-    add("--rank", type=int, default=48)
-    add("--refresh", type=int, default=50)
+    add("--vocab", type=int, default=1024)
+    add("--rank", type=int, default=32)
+    add("--refresh", type=int, default=40)
     add("--lr", type=float, default=2e-3)
     add("--seed", type=int, default=0)
     add("--only", default="", help="candidates whose name contains this")
@@ -198,7 +198,7 @@ def main() -> None:
             model.load_state_dict(start)
         start = start or {key: value.clone() for key, value in model.state_dict().items()}
         optimizer = make(model)
-        curve, seconds = train(model, optimizer, batches, held, max(1, args.steps // 10))
+        curve, seconds = train(model, optimizer, batches, held, max(1, args.steps // 5))
         curves[name] = curve
         report, state = note(name, optimizer), matrix_state_bytes(model, optimizer)
         if name == "AdamW":
