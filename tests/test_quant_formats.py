@@ -1,5 +1,6 @@
 """The formats of the quant family: tables, bytes, specs, quantizers, storage; and the layout written out by hand."""
 
+import hashlib
 import math
 from dataclasses import replace
 
@@ -231,3 +232,116 @@ def test_check_refuses_tensors_that_do_not_fit(name):
     with pytest.raises(ValueError, match=r"lowmem\.test: packed: expected"):
         replace(q, shape=(7, 64)).check("test")
     assert isinstance(q, QTensor) and q.check("test") is q
+
+
+# ------------------------------------------------------------------------------------------------------- bitsandbytes
+
+# sha256 (16 digits) of what bitsandbytes 0.50.2 makes of `exact(shape)` on the CPU, blocks of 64: codes and absmax;
+# doubly quantized: uint8 absmax, nested absmax, offset
+BITSANDBYTES = {
+    ((64, 320), "float32", "nf4"): (
+        "ab5ad652a0545987",
+        "eaf059b5229c612d",
+        "8a88cae40092a26a",
+        "12b72104d43cb94e",
+        "0x1.ef55540000000p-2",
+    ),
+    ((64, 320), "float32", "fp4"): (
+        "0e7641dde642c9ee",
+        "eaf059b5229c612d",
+        "8a88cae40092a26a",
+        "12b72104d43cb94e",
+        "0x1.ef55540000000p-2",
+    ),
+    ((64, 320), "bfloat16", "nf4"): (
+        "fbda025dc5f4ae04",
+        "954c60dec51a23e6",
+        "14ddf373882110a4",
+        "ac0bc39488de46b3",
+        "0x1.ef519a0000000p-2",
+    ),
+    ((64, 320), "bfloat16", "fp4"): (
+        "18285d7ca89968e0",
+        "954c60dec51a23e6",
+        "14ddf373882110a4",
+        "ac0bc39488de46b3",
+        "0x1.ef519a0000000p-2",
+    ),
+    ((33, 77), "float32", "nf4"): (
+        "bfb495b9d6db7300",
+        "ea447751f9d8290d",
+        "f884ce130be9bd21",
+        "74cd5ae533e0c0a1",
+        "0x1.e3d9ac0000000p-2",
+    ),
+    ((33, 77), "float32", "fp4"): (
+        "66088a3fd3c2ce38",
+        "ea447751f9d8290d",
+        "f884ce130be9bd21",
+        "74cd5ae533e0c0a1",
+        "0x1.e3d9ac0000000p-2",
+    ),
+    ((33, 77), "bfloat16", "nf4"): (
+        "0bc82bcdb02902d8",
+        "7909eebdd9b82c92",
+        "a92b6f485d0474d5",
+        "d1840fd676596f6e",
+        "0x1.e3b3340000000p-2",
+    ),
+    ((33, 77), "bfloat16", "fp4"): (
+        "53819437e04d16bf",
+        "7909eebdd9b82c92",
+        "a92b6f485d0474d5",
+        "d1840fd676596f6e",
+        "0x1.e3b3340000000p-2",
+    ),
+}
+
+
+def exact(n, k):
+    """Heavy-tailed weights by integers alone, the same on every machine."""
+    state, values = 12345, []
+    for _ in range(n * k):
+        state = (1103515245 * state + 12345) % 2**31
+        u = (state >> 8) % 65536 - 32768
+        values.append(u * abs(u) / 2**31)
+    w = torch.tensor(values, dtype=torch.float64).view(n, k)
+    w.view(-1)[:64] = 0
+    return w
+
+
+def digest(t):
+    return hashlib.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+@pytest.mark.parametrize("case", BITSANDBYTES, ids=str)
+def test_the_bytes_of_bitsandbytes(case):
+    shape, dtype, name = case
+    packed_bytes, absmax, nested, nested_absmax, offset = BITSANDBYTES[case]
+    w = exact(*shape).to(getattr(torch, dtype))
+    q = quantize(w, name)
+    assert digest(q.packed) == packed_bytes and digest(q.scale) == absmax
+    n = quantize(w, name, double_quant=True)
+    assert digest(n.packed) == packed_bytes
+    assert float(n.scale_offset) == pytest.approx(float.fromhex(offset), rel=1e-6)
+    if float(n.scale_offset) == float.fromhex(offset):  # the mean is torch's sum, whose order is the processor's
+        assert digest(n.scale) == nested and digest(n.scale_absmax) == nested_absmax
+
+
+def test_against_bitsandbytes_itself():
+    peer = pytest.importorskip("bitsandbytes.functional")
+    for shape in ((512, 512), (33, 77), (64, 1000)):
+        for dtype in (torch.float32, torch.bfloat16, torch.float16):
+            w = weight(*shape, dtype=dtype)
+            for name in ("nf4", "fp4"):
+                for size in (64, 256):
+                    for nested in (False, True):
+                        data, state = peer.quantize_4bit(w, blocksize=size, quant_type=name, compress_statistics=nested)
+                        q = quantize(w, QuantSpec(name, size, double_quant=nested))
+                        assert torch.equal(q.packed.view(-1), data.view(-1))
+                        assert torch.equal(q.scale.view(-1), state.absmax.view(-1))
+                        assert torch.equal(dequantize(q), peer.dequantize_4bit(data, state))
+                        if nested:
+                            assert torch.equal(q.scale_absmax, state.state2.absmax)
+                            assert torch.equal(q.scale_code, state.state2.code)
+                            assert float(q.scale_offset) == float(state.offset)
