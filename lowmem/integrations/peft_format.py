@@ -12,10 +12,9 @@ from __future__ import annotations
 import json
 import os
 import re
-import secrets
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from ..nn.lora import FusedLoRALinear
 from ..nn.lora_embedding import FusedLoRAEmbedding
 from ..nn.lora_layer import LoRALayer
 from . import _peft_config
+from ._files import replace_files
 from ._peft_config import CONFIG, WEIGHTS, Settings
 
 _PREFIX = "base_model.model."
@@ -100,31 +100,6 @@ def _need_safetensors(op: str) -> Any:
 # ---------------------------------------------------------------------------------------------------------------- save
 
 
-def _replace_files(folder: Path, writers: Mapping[str, Callable[[Path], object]]) -> None:
-    """Write every file under a temporary name in ``folder`` and flush it to the disk; then rename all into place.
-
-    At any failure before the renames the old files stay whole, and no temporary file is left."""
-    pending: list[tuple[Path, Path]] = []
-    try:
-        for filename, write in writers.items():
-            temporary = folder / f".{filename}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
-            pending.append((temporary, folder / filename))
-            write(temporary)
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-        for temporary, target in pending:
-            os.replace(temporary, target)
-    finally:
-        for temporary, _ in pending:
-            temporary.unlink(missing_ok=True)
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)  # the renames themselves
-        finally:
-            os.close(descriptor)
-
-
 def save_adapter(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -171,7 +146,7 @@ def save_adapter(
     config = _peft_config.make(inner, chosen, others, name, base_model_name_or_path)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
-    _replace_files(
+    replace_files(
         folder,
         {
             WEIGHTS: lambda file: save_file(tensors, file, metadata={"format": "pt"}),

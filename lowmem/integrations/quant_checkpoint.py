@@ -24,7 +24,8 @@ from .._errors import bad
 from ..quant.formats import SCALE_DTYPES, QuantSpec, as_spec, row_bytes
 from ..quant.qtensor import TENSORS, QTensor, packed_shape, scale_shape
 from ..quant.quantize import METHODS, quantize
-from ._stream import Entry, header_bytes, read_header, read_tensor, replacing, write_tensors
+from ._files import replace_files
+from ._stream import Entry, header_bytes, read_header, read_tensor, write_tensors
 from .bitsandbytes_format import STATE, from_bitsandbytes, to_bitsandbytes
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -187,12 +188,23 @@ def quantize_checkpoint(
         bytes_after += sum(e.nbytes for e in flat.values())
         if _done(op, out / file, metadata[DIGEST]):
             continue
-        with replacing(out / file) as stream:
-            stream.write(header_bytes(flat, metadata))
-            for name, entry in entries.items():
-                _write(op, stream, folder / file, name, entry, specs[name], plans[name], method, layout, device)
-                if progress is not None:
-                    progress(name)
+
+        def write(
+            path: Path,
+            head: bytes = header_bytes(flat, metadata),
+            shard: Path = folder / file,
+            held: dict[str, Entry] = entries,
+            plans: dict[str, dict[str, Entry]] = plans,
+            specs: dict[str, QuantSpec | None] = specs,
+        ) -> None:
+            with open(path, "wb") as stream:
+                stream.write(head)
+                for name, entry in held.items():
+                    _write(op, stream, shard, name, entry, specs[name], plans[name], method, layout, device)
+                    if progress is not None:
+                        progress(name)
+
+        replace_files(out, {file: write})
     _finish(folder, out, where, bytes_after, layout, next(s for _, m in work.values() for s in m.values() if s))
     return {"before": bytes_before, "after": bytes_after}
 
@@ -255,12 +267,10 @@ def _finish(folder: Path, out: Path, where: dict[str, str], total: int, layout: 
             "bnb_4bit_quant_type": spec.format,
             "bnb_4bit_use_double_quant": spec.double_quant,
         }
-        with replacing(config) as file:
-            file.write(json.dumps(found, indent=2).encode())
+        replace_files(out, {config.name: lambda path: path.write_text(json.dumps(found, indent=2))})
     if (folder / INDEX).is_file():
         index = {"metadata": {"total_size": total}, "weight_map": where}
-        with replacing(out / INDEX) as file:
-            file.write(json.dumps(index, indent=2).encode())
+        replace_files(out, {INDEX: lambda path: path.write_text(json.dumps(index, indent=2))})
 
 
 def read_checkpoint(source: str | Path) -> Iterator[tuple[str, Tensor | QTensor]]:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from .._errors import bad
 from ..nn.quant import PackedWeight, QuantLinear
 from ..quant.qtensor import TENSORS, QTensor
-from ._stream import NAMES, Entry, header_bytes, read_header, read_tensor, replacing, write_tensors
+from ._files import replace_files
+from ._stream import NAMES, Entry, header_bytes, read_header, read_tensor, write_tensors
 from .quant_checkpoint import FORMATS, _json, _own
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -42,9 +43,13 @@ def save_quantized(model: nn.Module, path: str | Path) -> int:
             bad("save_quantized", "model", "tensors that safetensors can hold", f"{key}: {got}", kind=TypeError)
     entries = {key: Entry(tensor.dtype, tuple(tensor.shape)) for key, tensor in state.items()}
     target = Path(path)
-    with replacing(target) as file:
-        file.write(header_bytes(entries, {"format": "pt", FORMATS: json.dumps(formats)}))
-        write_tensors(file, list(entries.items()), state)
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:
+            file.write(header_bytes(entries, {"format": "pt", FORMATS: json.dumps(formats)}))
+            write_tensors(file, list(entries.items()), state)
+
+    replace_files(target.parent, {target.name: write})
     return target.stat().st_size
 
 
