@@ -1,6 +1,6 @@
 """Kernels for training transformers on too little memory. See the README for the two commands and a ten-line use."""
 
-from . import memory, nn, ops, optim, quant
+from . import memory, nn, ops, optim, quant, sampling
 from .convert import convert
 from .integrations import load_adapter, load_quantized, save_adapter, save_quantized
 from .report import backends, report
@@ -19,6 +19,7 @@ __all__ = [
     "optim",
     "quant",
     "report",
+    "sampling",
     "save_adapter",
     "save_quantized",
 ]

@@ -9,6 +9,7 @@ from .lora_multi import MultiLoRALinear, route, routed, train_adapters
 from .lrqat import LRQATLinear
 from .quant import QuantLinear
 from .randlora import RandLoRALinear
+from .sampled import SampledGroup, SampledLinear, sampled_rows
 
 __all__ = [
     "FusedLoRAConv2d",
@@ -20,10 +21,13 @@ __all__ = [
     "MultiLoRALinear",
     "QuantLinear",
     "RandLoRALinear",
+    "SampledGroup",
+    "SampledLinear",
     "disabled",
     "lora_layers",
     "route",
     "routed",
+    "sampled_rows",
     "set_adapter",
     "train_adapters",
 ]

@@ -9,6 +9,7 @@ from .lowbit_optim import group_decode, group_encode
 from .quant import qmatmul, qscale_grad
 from .quant_lattice import lattice_linear
 from .randlora import randlora_linear
+from .sampled import sampled_dw, sampled_linear
 
 __all__ = [
     "Adapted",
@@ -24,4 +25,6 @@ __all__ = [
     "qmatmul",
     "qscale_grad",
     "randlora_linear",
+    "sampled_dw",
+    "sampled_linear",
 ]
