@@ -28,12 +28,10 @@ def put(model: nn.Module, name: str, layer: nn.Module) -> None:
 def qlora(model: nn.Module, args: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
     """NF4 in groups of 64, scales doubly quantized, adapters that start at nothing (arXiv 2305.14314)."""
     import lowmem
-    from lowmem.nn import QuantLinear
     from lowmem.quant import QuantSpec
 
-    for name, linear in linear_layers(model).items():
-        put(model, name, QuantLinear.from_linear(linear, QuantSpec("nf4", 64, double_quant=True)))
-    return lowmem.convert(model, r=args.r, alpha=args.alpha, dropout=args.dropout, adapter_dtype=dtype)
+    nf4 = QuantSpec("nf4", 64, double_quant=True)
+    return lowmem.convert(model, r=args.r, alpha=args.alpha, dropout=args.dropout, adapter_dtype=dtype, quant=nf4)
 
 
 def lq_lora(model: nn.Module, args: argparse.Namespace, dtype: torch.dtype) -> nn.Module:
