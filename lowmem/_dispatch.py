@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -146,11 +146,19 @@ def define(
     OPERATORS[name] = operator
 
 
+def _flat(args: Any) -> Iterator[Any]:
+    for arg in args:
+        if isinstance(arg, (list, tuple)):
+            yield from arg
+        else:
+            yield arg
+
+
 def _register_no_autograd(name: str) -> None:
     op = getattr(torch.ops.lowmem, name).default
 
     def kernel(keyset: Any, *args: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(arg, torch.Tensor) and arg.requires_grad for arg in args):
+        if torch.is_grad_enabled() and any(isinstance(t, torch.Tensor) and t.requires_grad for t in _flat(args)):
             raise RuntimeError(
                 f"lowmem.{name}: the operator has no derivative of its own; differentiate through the public function "
                 f"(lowmem.ops), or call it under torch.no_grad()"

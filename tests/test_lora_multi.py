@@ -10,6 +10,7 @@ from torch import nn
 import lowmem
 from lowmem.nn import FusedLoRALinear, MultiLoRALinear, lora_layers, route, routed, train_adapters
 from lowmem.ops import lora_linear, multi_lora_linear
+from lowmem.ops.lora_multi import adapter_table
 from lowmem.testing import saved_bytes
 
 F64 = torch.float64
@@ -106,16 +107,14 @@ def test_bf16_with_fp32_adapters_is_bit_equal_to_the_loop_on_s():
     x = torch.randn(9, 20, dtype=torch.bfloat16, requires_grad=True)
     ids = torch.tensor([0, 1, 2, -1, 1, 0, 0, 2, 1])
     routing = route("abc", adapter_ids=ids, rows=9)
-    cat = torch.cat(a).detach()
     s, mask = torch.ops.lowmem.lora_multi_shrink(
         x.detach(),
-        cat,
-        list(RANKS),
-        list(SCALES),
-        list(DROPS),
+        [one.detach() for one in a],
+        adapter_table(RANKS, SCALES, DROPS, "cpu"),
         torch.tensor([5, 6, 7]),
         routing.order,
         routing.offsets,
+        True,
         True,
     )
     for j in range(3):
@@ -123,7 +122,8 @@ def test_bf16_with_fp32_adapters_is_bit_equal_to_the_loop_on_s():
         seed = torch.tensor([5 + j]) if DROPS[j] else None
         one, bits = torch.ops.lowmem.lora_shrink(x.detach()[rows], a[j].detach(), SCALES[j], DROPS[j], seed, 0, True)
         assert torch.equal(s[rows, : RANKS[j]], one) and not s[rows, RANKS[j] :].any()
-        assert torch.equal(mask[rows], bits) if DROPS[j] else not mask[rows].any()
+        assert torch.equal(mask[rows], bits if DROPS[j] else torch.full_like(mask[rows], 2**20 - 1))
+    assert not s[3].any() and not mask[3].any()
     y = multi_lora_linear(x, weight, a, b, SCALES, routing.offsets, order=routing.order, bias=bias)
     y.float().sum().backward()
     assert y.dtype is torch.bfloat16 and a[0].grad.dtype is torch.float32
@@ -132,16 +132,16 @@ def test_bf16_with_fp32_adapters_is_bit_equal_to_the_loop_on_s():
 @pytest.mark.parametrize("op", ["lora_multi_shrink", "lora_multi_expand_", "lora_multi_dy", "lora_multi_da"])
 @pytest.mark.parametrize("order", [False, True])
 def test_opcheck(op, order):
-    x, a, b = torch.randn(7, 20), torch.randn(9, 20), torch.randn(12, 9)
+    x, a, b = torch.randn(7, 20), [torch.randn(r, 20) for r in RANKS], [torch.randn(12, r) for r in RANKS]
     routing = route("abc", adapter_ids=torch.tensor([0, 0, 1, 1, 1, 2, 2]), rows=7)
     order = routing.order if order else None
-    ranks, scales, ps, seeds = list(RANKS), list(SCALES), list(DROPS), torch.tensor([5, 6, 7])
+    table, seeds, offsets = adapter_table(RANKS, SCALES, DROPS, "cpu"), torch.tensor([5, 6, 7]), routing.offsets
     s = torch.randn(7, 5)
     args = {
-        "lora_multi_shrink": (x, a, ranks, scales, ps, seeds, order, routing.offsets, True),
-        "lora_multi_expand_": (x.clone(), s, a, ranks, ps, None, seeds, order, routing.offsets),
-        "lora_multi_dy": (torch.randn(7, 12), b, s, ranks, scales, order, routing.offsets),
-        "lora_multi_da": (s, x, ranks, ps, None, seeds, order, routing.offsets),
+        "lora_multi_shrink": (x, a, table, seeds, order, offsets, True, True),
+        "lora_multi_expand_": (x.clone(), s, a, table, None, seeds, order, offsets, True),
+        "lora_multi_dy": (torch.randn(7, 12), b, s, table, order, offsets),
+        "lora_multi_da": (s, x, list(RANKS), table, None, seeds, order, offsets, True),
     }[op]
     torch.library.opcheck(getattr(torch.ops.lowmem, op).default, args)
 
@@ -196,6 +196,8 @@ def test_bad_operator_arguments():
         ({"offsets": torch.tensor([0, 1, 2, 5])}, "offsets: expected ascending"),
         ({"offsets": torch.tensor([0, 4])}, r"offsets: expected int64 \[4\]"),
         ({"order": torch.arange(3)}, r"order: expected int64 \[4\]"),
+        ({"order": torch.tensor([0, 1, 2, 4])}, r"order: expected a permutation of 0..3, got \[0, 1, 2, 4\]"),
+        ({"order": torch.tensor([0, 1, 1, 3])}, r"order: expected a permutation of 0..3, got \[0, 1, 1, 3\]"),
         ({"ps": (0.1, 0, 0)}, r"seeds: expected int64 \[3\] on cpu, got None"),
         ({"ps": (-0.1, 0, 0)}, r"ps\[0\]: expected a probability"),
         ({"scales": (1.0,)}, "scales: expected 3 of them"),
@@ -277,7 +279,7 @@ def test_saved_bytes():
     layer = multi_layer(dropout=0.1, dtype=torch.bfloat16)
     x = torch.randn(40, 20, dtype=torch.bfloat16, requires_grad=True)
     ids = torch.arange(40) % 3
-    bits, routing = 40 * 4, (40 + 4) * 8
+    bits, routing = 40 * 4, (40 + 4) * 8 + 3 * 48  # order, offsets; the table of adapters
     assert saved_bytes(lambda: layer(x, adapter_ids=ids)) == x.nbytes + 40 * max(RANKS) * 2 + bits + routing
 
 

@@ -73,6 +73,14 @@ SMALL_TILES: dict[str, Tile] = {
     "dx": (64, 64, 32, 4, 2),
 }
 SMALL_RANK_BLOCK = 32
+
+# Kernels over many adapters hold a row's number and an adapter's rank in registers besides; where that spilled, these.
+MANY_TILES: dict[tuple[str, str, int], Tile] = {
+    ("dy", "sm_86", 64): (32, 64, 0, 4, 3),
+    ("dy", "sm_90", 64): (64, 128, 0, 8, 3),
+    ("dy", "sm_100", 32): (128, 128, 0, 8, 2),
+}
+MANY_SMALL_TILES: dict[str, Tile] = {"shrink": (32, 32, 0, 4, 1), "dy": (32, 64, 0, 8, 1)}
 DRAW_TILE = (32, 32, 4)
 """Rows, bytes and warps of the kernel that draws packed bits."""
 
@@ -103,6 +111,19 @@ def tile(kernel: str, arch: str, block: int, small: bool) -> Tile:
         return SMALL_TILES[kernel]
     entries = TILES[kernel][arch]
     return entries[min(size for size in entries if size >= block)]
+
+
+def tile_of_many(kernel: str, arch: str, block: int, small: bool) -> Tile:
+    """:func:`tile` for the kernels over many adapters."""
+    if arch == "interpreter":
+        return INTERPRETER_TILE
+    if small and kernel in MANY_SMALL_TILES:
+        return MANY_SMALL_TILES[kernel]
+    if not small:
+        fits = min(size for size in TILES[kernel][arch] if size >= block)
+        if (kernel, arch, fits) in MANY_TILES:
+            return MANY_TILES[kernel, arch, fits]
+    return tile(kernel, arch, block, small)
 
 
 def flatten(arch: str, block: int, rank_tiles: int) -> bool:

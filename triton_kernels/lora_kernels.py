@@ -5,6 +5,9 @@ tail is filled with zeros, never with memory beside the view. Shrink draws its d
 the backward pass read packed bits (drawn on a product's accumulator a mask costs four times as much, because a thread
 holds two of a block's eight elements there). No sum uses atomics: a kernel whose reduction is split writes one partial
 result per part, and :func:`reduce_kernel` adds them in order, so that every run gives the same bits.
+
+What a program does with its rows is a device function (``..._rows``), which takes the rows' numbers: the kernels here
+count them through, those of ``lora_multi_kernels`` look them up.
 """
 
 from __future__ import annotations
@@ -53,6 +56,49 @@ def load_mask_byte(mask_ptr, rows, stride_mask, ROWS, blocks, COLS, EVEN: tl.con
     return tl.load(mask_ptr + rows[:, None] * stride_mask + blocks[None, :], mask=inside, other=0).to(tl.uint32)
 
 
+@triton.jit
+def shrink_rows(
+    x_ptr, a_ptr, bits_ptr, seed_ptr, row, drawn, start, stop, r0, M, K, R, stride_x, stride_a, stride_bits, threshold,
+    child, DROP: tl.constexpr, SAVE: tl.constexpr, PAIRS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """``drop(x)[row, start:stop] a[r0:, start:stop]^T``, fp32 ``[BM, BR]``, and keep bits to memory. Rows from M on lie
+    beyond; ``drawn`` is what the random map takes for a row's number."""
+    dtype: tl.constexpr = x_ptr.dtype.element_ty
+    if DROP:
+        low, top = threshold_parts(threshold.to(tl.uint32))
+        key0, key1 = load_key(seed_ptr)
+        child = child.to(tl.uint32)
+    acc = tl.zeros([BM, BR], tl.float32)
+    for k in range(start, stop, BK):
+        column = k + tl.arange(0, BK)
+        a = load_rank_rows(a_ptr, stride_a, r0, R, column, K, dtype, BR)
+        if DROP:
+            block = k // 8 + tl.arange(0, BK // 8)
+            w0, w1, w2, w3 = words(key0, key1, drawn.to(tl.uint32)[:, None], block.to(tl.uint32)[None, :], child)
+            w0, w1, w2, w3 = kept(w0, low, top), kept(w1, low, top), kept(w2, low, top), kept(w3, low, top)
+            if SAVE or not PAIRS:
+                byte = gather_byte(w0, w1, w2, w3)
+            if PAIRS:
+                pair = k // 2 + tl.arange(0, BK // 2)
+                words_ptr = x_ptr.to(tl.pointer_type(tl.uint32))
+                x2 = load_tile(words_ptr, row, stride_x // 2, M, pair, K // 2, EVEN)
+                x = halves(x2 & pair_masks(w0, w1, w2, w3, BM, BK // 2), BM, BK, dtype)
+            else:
+                x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
+                x = tl.where(spread(byte, BM, BK) != 0, x, 0.0)
+            if SAVE:
+                if not EVEN:  # bits beyond K are zero
+                    byte = byte & inside_byte(block, K)[None, :]
+                inside = (row[:, None] < M) & (block[None, :] < stride_bits)
+                if r0 == 0:
+                    tl.store(bits_ptr + row[:, None] * stride_bits + block[None, :], byte.to(tl.uint8), mask=inside)
+        else:
+            x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
+        acc = tl.dot(x, tl.trans(a), acc, input_precision=PRECISION)
+    return acc
+
+
 @triton.jit(do_not_specialize=["threshold", "child", "scale"])
 def shrink_kernel(
     x_ptr,  # [M, K]
@@ -83,42 +129,35 @@ def shrink_kernel(
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     part = tl.program_id(1)
     r0 = tl.program_id(2) * BR
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
-    if DROP:
-        low, top = threshold_parts(threshold.to(tl.uint32))
-        key0, key1 = load_key(seed_ptr)
-        child = child.to(tl.uint32)
-    acc = tl.zeros([BM, BR], tl.float32)
     start = part * chunk
-    for k in range(start, tl.minimum(start + chunk, K), BK):
-        column = k + tl.arange(0, BK)
-        a = load_rank_rows(a_ptr, stride_a, r0, R, column, K, dtype, BR)
-        if DROP:
-            block = k // 8 + tl.arange(0, BK // 8)
-            w0, w1, w2, w3 = words(key0, key1, row.to(tl.uint32)[:, None], block.to(tl.uint32)[None, :], child)
-            w0, w1, w2, w3 = kept(w0, low, top), kept(w1, low, top), kept(w2, low, top), kept(w3, low, top)
-            if SAVE or not PAIRS:
-                byte = gather_byte(w0, w1, w2, w3)
-            if PAIRS:
-                pair = k // 2 + tl.arange(0, BK // 2)
-                words_ptr = x_ptr.to(tl.pointer_type(tl.uint32))
-                x2 = load_tile(words_ptr, row, stride_x // 2, M, pair, K // 2, EVEN)
-                x = halves(x2 & pair_masks(w0, w1, w2, w3, BM, BK // 2), BM, BK, dtype)
-            else:
-                x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
-                x = tl.where(spread(byte, BM, BK) != 0, x, 0.0)
-            if SAVE:
-                if not EVEN:  # bits beyond K are zero
-                    byte = byte & inside_byte(block, K)[None, :]
-                inside = (row[:, None] < M) & (block[None, :] < stride_bits)
-                if r0 == 0:
-                    tl.store(bits_ptr + row[:, None] * stride_bits + block[None, :], byte.to(tl.uint8), mask=inside)
-        else:
-            x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
-        acc = tl.dot(x, tl.trans(a), acc, input_precision=PRECISION)
+    acc = shrink_rows(
+        x_ptr, a_ptr, bits_ptr, seed_ptr, row, row, start, tl.minimum(start + chunk, K), r0, M, K, R, stride_x,
+        stride_a, stride_bits, threshold, child, DROP, SAVE, PAIRS, EVEN, PRECISION, BM, BK, BR,
+    )  # fmt: skip
     rank = r0 + tl.arange(0, BR)
     ptrs = out_ptr + (part.to(tl.int64) * M + row[:, None]) * R + rank[None, :]
     tl.store(ptrs, (acc * scale).to(out_ptr.dtype.element_ty), mask=(row[:, None] < M) & (rank[None, :] < R))
+
+
+@triton.jit
+def load_rank_columns(b_ptr, stride_b, column, N, rank, R, dtype: tl.constexpr):
+    """``[column, rank]`` of a matrix ``[N, R]``, zero beyond it, in ``dtype``."""
+    in_b = (column[:, None] < N) & (rank[None, :] < R)
+    return tl.load(b_ptr + column.to(tl.int64)[:, None] * stride_b + rank[None, :], mask=in_b, other=0.0).to(dtype)
+
+
+@triton.jit
+def dy_rows(
+    dy_ptr, s_ptr, ds_ptr, b, acc, row, column, rank, M, N, R, stride_dy, stride_s, stride_ds, scale,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``acc + dy[row, column]^T s[row, rank]``, and ``scale * dy b`` to memory. Rows from M on lie beyond."""
+    in_s = (row[:, None] < M) & (rank[None, :] < R)
+    dy = load_tile(dy_ptr, row, stride_dy, M, column, N, EVEN)
+    s = tl.load(s_ptr + row[:, None] * stride_s + rank[None, :], mask=in_s, other=0.0)
+    ds = tl.dot(dy, b, input_precision=PRECISION) * scale
+    tl.store(ds_ptr + row[:, None] * stride_ds + rank[None, :], ds.to(ds_ptr.dtype.element_ty), mask=in_s)
+    return tl.dot(tl.trans(dy), s, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -150,22 +189,41 @@ def dy_kernel(
     part = tl.program_id(1)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     rank = tl.program_id(2) * BR + tl.arange(0, BR)
-    dtype: tl.constexpr = dy_ptr.dtype.element_ty
-    in_b = (column[:, None] < N) & (rank[None, :] < R)
-    wide = column.to(tl.int64)[:, None]
-    b = tl.load(b_ptr + wide * stride_b + rank[None, :], mask=in_b, other=0.0).to(dtype)
+    b = load_rank_columns(b_ptr, stride_b, column, N, rank, R, dy_ptr.dtype.element_ty)
     ds_ptr += tl.program_id(0).to(tl.int64) * M * R
     acc = tl.zeros([BN, BR], tl.float32)
     start = part * chunk
     for m in range(start, tl.minimum(start + chunk, M), BM):
         row = m + tl.arange(0, BM).to(tl.int64)
-        in_s = (row[:, None] < M) & (rank[None, :] < R)
-        dy = load_tile(dy_ptr, row, stride_dy, M, column, N, EVEN)
-        s = tl.load(s_ptr + row[:, None] * stride_s + rank[None, :], mask=in_s, other=0.0)
-        ds = tl.dot(dy, b, input_precision=PRECISION) * scale
-        tl.store(ds_ptr + row[:, None] * R + rank[None, :], ds.to(ds_ptr.dtype.element_ty), mask=in_s)
-        acc = tl.dot(tl.trans(dy), s, acc, input_precision=PRECISION)
-    tl.store(db_ptr + (part.to(tl.int64) * N + wide) * R + rank[None, :], acc, mask=in_b)
+        acc = dy_rows(
+            dy_ptr, s_ptr, ds_ptr, b, acc, row, column, rank, M, N, R, stride_dy, stride_s, R, scale, EVEN, PRECISION
+        )
+    wide = column.to(tl.int64)[:, None]
+    ptrs = db_ptr + (part.to(tl.int64) * N + wide) * R + rank[None, :]
+    tl.store(ptrs, acc, mask=(column[:, None] < N) & (rank[None, :] < R))
+
+
+@triton.jit
+def da_rows(
+    ds_ptr, x_ptr, mask_ptr, acc, row, k, rank, M, K, R, stride_ds, stride_x, stride_mask, DROP: tl.constexpr,
+    PAIRS: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr, BM: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """``acc + (mask * x)[row, k:]^T ds[row, rank]``. Rows from M on lie beyond."""
+    column = k + tl.arange(0, BK)
+    block = k // 8 + tl.arange(0, BK // 8)
+    in_ds = (row[:, None] < M) & (rank[None, :] < R)
+    ds = tl.load(ds_ptr + row[:, None] * stride_ds + rank[None, :], mask=in_ds, other=0.0)
+    if DROP:
+        byte = load_mask_byte(mask_ptr, row, stride_mask, M, block, K, EVEN)
+    if DROP and PAIRS:
+        pair = k // 2 + tl.arange(0, BK // 2)
+        x2 = load_tile(x_ptr.to(tl.pointer_type(tl.uint32)), row, stride_x // 2, M, pair, K // 2, EVEN)
+        x = halves(x2 & byte_pairs(byte, BM, BK // 2), BM, BK, x_ptr.dtype.element_ty)
+    else:
+        x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
+        if DROP:
+            x = tl.where(spread(byte, BM, BK) != 0, x, 0.0)
+    return tl.dot(tl.trans(x), ds, acc, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -194,28 +252,45 @@ def da_kernel(
     k = tl.program_id(0) * BK
     part = tl.program_id(1)
     rank = tl.program_id(2) * BR + tl.arange(0, BR)
-    column = k + tl.arange(0, BK)
-    block = k // 8 + tl.arange(0, BK // 8)
-    dtype: tl.constexpr = x_ptr.dtype.element_ty
     acc = tl.zeros([BK, BR], tl.float32)
     start = part * chunk
     for m in range(start, tl.minimum(start + chunk, M), BM):
         row = m + tl.arange(0, BM).to(tl.int64)
-        in_ds = (row[:, None] < M) & (rank[None, :] < R)
-        ds = tl.load(ds_ptr + row[:, None] * stride_ds + rank[None, :], mask=in_ds, other=0.0)
-        if DROP:
-            byte = load_mask_byte(mask_ptr, row, stride_mask, M, block, K, EVEN)
-        if DROP and PAIRS:
-            pair = k // 2 + tl.arange(0, BK // 2)
-            x2 = load_tile(x_ptr.to(tl.pointer_type(tl.uint32)), row, stride_x // 2, M, pair, K // 2, EVEN)
-            x = halves(x2 & byte_pairs(byte, BM, BK // 2), BM, BK, dtype)
-        else:
-            x = load_tile(x_ptr, row, stride_x, M, column, K, EVEN)
-            if DROP:
-                x = tl.where(spread(byte, BM, BK) != 0, x, 0.0)
-        acc = tl.dot(tl.trans(x), ds, acc, input_precision=PRECISION)
+        acc = da_rows(
+            ds_ptr, x_ptr, mask_ptr, acc, row, k, rank, M, K, R, stride_ds, stride_x, stride_mask,
+            DROP, PAIRS, EVEN, PRECISION, BM, BK,
+        )  # fmt: skip
+    column = k + tl.arange(0, BK)
     ptrs = out_ptr + (part.to(tl.int64) * R + rank[None, :]) * K + column[:, None]
     tl.store(ptrs, acc * scale, mask=(column[:, None] < K) & (rank[None, :] < R))
+
+
+@triton.jit
+def masked_expand_rows(
+    out_ptr, ds_ptr, a_ptr, mask_ptr, row, k, M, K, R, stride_out, stride_ds, stride_a, stride_mask, scale,
+    DROP: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    BM: tl.constexpr, BK: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
+    """``out = ACCUMULATE * out + mask * (ds a) * scale`` on rows ``row`` and columns from k. Rows from M on lie
+    beyond."""
+    column = k + tl.arange(0, BK)
+    dtype: tl.constexpr = out_ptr.dtype.element_ty
+    acc = tl.zeros([BM, BK], tl.float32)
+    for r0 in range(0, R, BR):
+        rank = r0 + tl.arange(0, BR)
+        in_ds = (row[:, None] < M) & (rank[None, :] < R)
+        ds = tl.load(ds_ptr + row[:, None] * stride_ds + rank[None, :], mask=in_ds, other=0.0)
+        a = load_rank_rows(a_ptr, stride_a, r0, R, column, K, dtype, BR)
+        acc = tl.dot(ds, a, acc, input_precision=PRECISION)
+    acc *= scale
+    if DROP:
+        byte = load_mask_byte(mask_ptr, row, stride_mask, M, k // 8 + tl.arange(0, BK // 8), K, EVEN)
+        acc = tl.where(spread(byte, BM, BK) != 0, acc, 0.0)
+    ptrs = out_ptr + row[:, None] * stride_out + column[None, :]
+    inside = (row[:, None] < M) & (column[None, :] < K)
+    if ACCUMULATE:
+        acc += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
+    tl.store(ptrs, acc.to(dtype), mask=inside)
 
 
 @triton.jit(do_not_specialize=["scale"])
@@ -242,25 +317,10 @@ def masked_expand_kernel(
 ):
     """``out = ACCUMULATE * out + mask * (ds a) * scale``. Grid: (row tiles, column tiles)."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
-    k = tl.program_id(1) * BK
-    column = k + tl.arange(0, BK)
-    dtype: tl.constexpr = out_ptr.dtype.element_ty
-    acc = tl.zeros([BM, BK], tl.float32)
-    for r0 in range(0, R, BR):
-        rank = r0 + tl.arange(0, BR)
-        in_ds = (row[:, None] < M) & (rank[None, :] < R)
-        ds = tl.load(ds_ptr + row[:, None] * stride_ds + rank[None, :], mask=in_ds, other=0.0)
-        a = load_rank_rows(a_ptr, stride_a, r0, R, column, K, dtype, BR)
-        acc = tl.dot(ds, a, acc, input_precision=PRECISION)
-    acc *= scale
-    if DROP:
-        byte = load_mask_byte(mask_ptr, row, stride_mask, M, k // 8 + tl.arange(0, BK // 8), K, EVEN)
-        acc = tl.where(spread(byte, BM, BK) != 0, acc, 0.0)
-    ptrs = out_ptr + row[:, None] * stride_out + column[None, :]
-    inside = (row[:, None] < M) & (column[None, :] < K)
-    if ACCUMULATE:
-        acc += tl.load(ptrs, mask=inside, other=0.0).to(tl.float32)
-    tl.store(ptrs, acc.to(dtype), mask=inside)
+    masked_expand_rows(
+        out_ptr, ds_ptr, a_ptr, mask_ptr, row, tl.program_id(1) * BK, M, K, R, stride_out, stride_ds, stride_a,
+        stride_mask, scale, DROP, ACCUMULATE, EVEN, PRECISION, BM, BK, BR,
+    )  # fmt: skip
 
 
 @triton.jit

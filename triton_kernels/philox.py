@@ -117,6 +117,19 @@ def halves(x, ROWS: tl.constexpr, COLS: tl.constexpr, dtype: tl.constexpr):
     return tl.reshape(tl.join(lower, upper), [ROWS, COLS])
 
 
+@triton.jit
+def draw_rows(bits_ptr, seed_ptr, row, drawn, block, rows, columns, stride, threshold, child):
+    """Writes bytes ``block`` of the packed keep bits of rows ``row``, which the random map knows as ``drawn``."""
+    low, top = threshold_parts(threshold.to(tl.uint32))
+    key0, key1 = load_key(seed_ptr)
+    child = child.to(tl.uint32)
+    w0, w1, w2, w3 = words(key0, key1, drawn.to(tl.uint32)[:, None], block.to(tl.uint32)[None, :], child)
+    byte = gather_byte(kept(w0, low, top), kept(w1, low, top), kept(w2, low, top), kept(w3, low, top))
+    byte = byte & inside_byte(block, columns)[None, :]
+    inside = (row[:, None] < rows) & (block[None, :] < stride)
+    tl.store(bits_ptr + row[:, None] * stride + block[None, :], byte.to(tl.uint8), mask=inside)
+
+
 @triton.jit(do_not_specialize=["threshold", "child"])
 def draw_kernel(
     bits_ptr,  # uint8 [rows, stride]
@@ -132,10 +145,4 @@ def draw_kernel(
     """The packed keep bits of a ``[rows, columns]`` mask, drawn. Grid: (row tiles, tiles of BB bytes)."""
     row = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
     block = tl.program_id(1) * BB + tl.arange(0, BB)
-    low, top = threshold_parts(threshold.to(tl.uint32))
-    key0, key1 = load_key(seed_ptr)
-    w0, w1, w2, w3 = words(key0, key1, row.to(tl.uint32)[:, None], block.to(tl.uint32)[None, :], child.to(tl.uint32))
-    byte = gather_byte(kept(w0, low, top), kept(w1, low, top), kept(w2, low, top), kept(w3, low, top))
-    byte = byte & inside_byte(block, columns)[None, :]
-    inside = (row[:, None] < rows) & (block[None, :] < stride)
-    tl.store(bits_ptr + row[:, None] * stride + block[None, :], byte.to(tl.uint8), mask=inside)
+    draw_rows(bits_ptr, seed_ptr, row, row, block, rows, columns, stride, threshold, child)

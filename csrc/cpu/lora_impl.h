@@ -32,9 +32,14 @@ struct Drop {
   uint32_t child = 0;
 };
 
+// Rows of the fat operand (x, dy, y or dx) may lie anywhere: with an `index`, row m of an operation is row index[m] of
+// the matrix and of the saved bits; without, row m itself. Drawn masks and the thin operands count by m.
+inline int64_t row_at(const int64_t* index, int64_t m) { return index ? index[m] : m; }
+
 // out[m, j] = alpha * sum_c drop(x)[m, c] P[c, j]
 struct DotArgs {
   const void* x;
+  const int64_t* index;
   int64_t ld, cols;
   Drop drop;
   uint32_t* save;      // packed bits to keep, [rows, words], or null
@@ -50,6 +55,7 @@ struct DotArgs {
 // both in the accumulation dtype, written for the rows and columns of the block.
 struct PassArgs {
   const void* y;
+  const int64_t* index;
   int64_t ld, cols;
   Drop drop;
   const void* panels;         // P, or null
@@ -63,6 +69,7 @@ struct PassArgs {
 // out[m, c] = accumulate * out[m, c] + alpha * keep[m, c] * sum_j d[m, j] P[j, c]
 struct ExpandArgs {
   void* out;
+  const int64_t* index;
   int64_t ld_out, cols;
   const void* d;  // out's dtype
   int64_t ld_d, rank;

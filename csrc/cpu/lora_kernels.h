@@ -58,10 +58,11 @@ void micro_rows(int64_t rows, int64_t steps, const typename V::E* a, const typen
   }
 }
 
-// The keep bits of row `row`, words word0 .. word0 + words - 1: saved ones, or drawn into `scratch`.
+// The keep bits of row `row`, words word0 .. word0 + words - 1: saved ones (in row `at`), or drawn into `scratch`.
 template <class V>
-inline const uint32_t* keep_bits(const Drop& drop, int64_t row, int64_t word0, int64_t words, uint32_t* scratch) {
-  if (drop.mask) return drop.mask + row * drop.words + word0;
+inline const uint32_t* keep_bits(const Drop& drop, int64_t row, int64_t at, int64_t word0, int64_t words,
+                                 uint32_t* scratch) {
+  if (drop.mask) return drop.mask + at * drop.words + word0;
   V::draw(drop.seed, static_cast<uint32_t>(row), drop.child, drop.threshold, word0, words, drop.cols, scratch);
   return scratch;
 }
@@ -93,14 +94,15 @@ void dot(const DotArgs& args, int64_t row0, int64_t row1) {
       const int64_t cols = smaller(kTileCols<V>, args.cols - c), words = (cols + 31) / 32;
       for (int64_t i = 0; i < rows; ++i) {
         const uint32_t* bits = nullptr;
+        const int64_t at = row_at(args.index, m + i);
         if (args.drop.active) {
-          bits = keep_bits<V>(args.drop, m + i, c / 32, words, scratch);
+          bits = keep_bits<V>(args.drop, m + i, at, c / 32, words, scratch);
           if (args.save) {
-            uint32_t* save = args.save + (m + i) * args.drop.words + c / 32;
+            uint32_t* save = args.save + at * args.drop.words + c / 32;
             for (int64_t w = 0; w < words; ++w) save[w] = bits[w];
           }
         }
-        tile_row<V>(tile + i * kTileStride<V>, static_cast<const T*>(args.x) + (m + i) * args.ld + c, bits, cols);
+        tile_row<V>(tile + i * kTileStride<V>, static_cast<const T*>(args.x) + at * args.ld + c, bits, cols);
       }
       for (int64_t q = 0; q < padded; q += kPanel) {
         micro_rows<V, V::kWidth, kTileStride<V>, 1>(
@@ -138,12 +140,13 @@ void pass(const PassArgs& args, int64_t row0, int64_t row1, int64_t col0, int64_
     for (int64_t c = col0; c < col1; c += kTileCols<V>) {
       const int64_t cols = smaller(kTileCols<V>, col1 - c), words = (cols + 31) / 32;
       for (int64_t i = 0; i < rows; i += V::kPair) {
-        const T* src[2] = {static_cast<const T*>(args.y) + (m + i) * args.ld + c, nullptr};
+        const T* src[2] = {nullptr, nullptr};
         const uint32_t* bits[2] = {nullptr, nullptr};
         const int used = i + V::kPair <= rows ? V::kPair : 1;
         for (int k = 0; k < used; ++k) {
-          src[k] = src[0] + k * args.ld;
-          if (args.drop.active) bits[k] = keep_bits<V>(args.drop, m + i + k, c / 32, words, scratch[k]);
+          const int64_t at = row_at(args.index, m + i + k);
+          src[k] = static_cast<const T*>(args.y) + at * args.ld + c;
+          if (args.drop.active) bits[k] = keep_bits<V>(args.drop, m + i + k, at, c / 32, words, scratch[k]);
           if (V::kPair == 1 || both) tile_row<V>(by_rows + (i + k) * kStride, src[k], bits[k], cols);
         }
         if constexpr (V::kPair > 1) {
@@ -172,10 +175,10 @@ void pass(const PassArgs& args, int64_t row0, int64_t row1, int64_t col0, int64_
 }
 
 // MR rows by two panels (32 columns) of a rank-r product, finished in registers: the sums never go to memory.
-// Row i of d is at a[i] with step MS, panels at b and b + next, results at out + i * ld, their keep bits *bits[i].
+// Row i of d is at a[i] with step MS, panels at b and b + next, results at out[i] + c, their keep bits *bits[i].
 template <class V, class T, int MR, int MS>
 __attribute__((noinline)) void update(int64_t steps, const typename V::E* a, const typename V::E* b, int64_t next,
-                                      T* out, int64_t ld, typename V::C alpha, const uint32_t* const* bits, int n,
+                                      T* const* out, int64_t c, typename V::C alpha, const uint32_t* const* bits, int n,
                                       bool accumulate) {
   constexpr int kAll = 2 * V::kVectors;
   typename V::Vec acc[MR][kAll];
@@ -192,17 +195,17 @@ __attribute__((noinline)) void update(int64_t steps, const typename V::E* a, con
     a += MS;
     b += kPanel;
   }
-  LM_UNROLL for (int i = 0; i < MR; ++i) V::finish(out + i * ld, acc[i], alpha, *bits[i], n, accumulate);
+  LM_UNROLL for (int i = 0; i < MR; ++i) V::finish(out[i] + c, acc[i], alpha, *bits[i], n, accumulate);
 }
 
 template <class V, class T, int MR, int MS>
-void update_rows(int64_t rows, int64_t steps, const typename V::E* a, const typename V::E* b, int64_t next, T* out,
-                 int64_t ld, typename V::C alpha, const uint32_t* const* bits, int n, bool accumulate) {
-  for (; rows >= MR; rows -= MR, a += MR, out += MR * ld, bits += MR) {
-    update<V, T, MR, MS>(steps, a, b, next, out, ld, alpha, bits, n, accumulate);
+void update_rows(int64_t rows, int64_t steps, const typename V::E* a, const typename V::E* b, int64_t next,
+                 T* const* out, int64_t c, typename V::C alpha, const uint32_t* const* bits, int n, bool accumulate) {
+  for (; rows >= MR; rows -= MR, a += MR, out += MR, bits += MR) {
+    update<V, T, MR, MS>(steps, a, b, next, out, c, alpha, bits, n, accumulate);
   }
   if constexpr (MR > 1) {
-    if (rows > 0) update_rows<V, T, MR / 2, MS>(rows, steps, a, b, next, out, ld, alpha, bits, n, accumulate);
+    if (rows > 0) update_rows<V, T, MR / 2, MS>(rows, steps, a, b, next, out, c, alpha, bits, n, accumulate);
   }
 }
 
@@ -218,9 +221,11 @@ void expand(const ExpandArgs& args, int64_t row0, int64_t row1, int64_t col0, in
   E* rows_of_d = args.rank <= kRankBlock ? few : static_cast<E*>(malloc(steps * kRows * sizeof(E)));
   uint32_t scratch[kRows][kWords];
   const uint32_t* bits[kRows];
+  T* out[kRows];
   for (int64_t m = row0; m < row1; m += kRows) {
     const int64_t rows = smaller(kRows, row1 - m);
     for (int64_t i = 0; i < rows; ++i) {
+      out[i] = static_cast<T*>(args.out) + row_at(args.index, m + i) * args.ld_out;
       const T* d = static_cast<const T*>(args.d) + (m + i) * args.ld_d;
       for (int64_t t0 = 0; t0 < steps; t0 += kTileElements<V>) {
         const int64_t t1 = smaller(kTileElements<V>, steps - t0);
@@ -231,14 +236,14 @@ void expand(const ExpandArgs& args, int64_t row0, int64_t row1, int64_t col0, in
     for (int64_t c0 = col0; c0 < col1; c0 += 32 * kWords) {
       const int64_t end = smaller(c0 + 32 * kWords, col1);
       for (int64_t i = 0; i < rows; ++i) {
-        bits[i] =
-            args.drop.active ? keep_bits<V>(args.drop, m + i, c0 / 32, (end - c0 + 31) / 32, scratch[i]) : &kAllBits;
+        bits[i] = args.drop.active ? keep_bits<V>(args.drop, m + i, row_at(args.index, m + i), c0 / 32,
+                                                  (end - c0 + 31) / 32, scratch[i])
+                                   : &kAllBits;
       }
       for (int64_t c = c0; c < end; c += 32) {
-        T* out = static_cast<T*>(args.out) + m * args.ld_out + c;
         const E* b = static_cast<const E*>(args.panels) + c * steps;
         const int n = static_cast<int>(smaller(32, end - c));
-        update_rows<V, T, kRows, kRows>(rows, steps, rows_of_d, b, kPanel * steps, out, args.ld_out,
+        update_rows<V, T, kRows, kRows>(rows, steps, rows_of_d, b, kPanel * steps, out, c,
                                         static_cast<typename V::C>(args.alpha), bits, n, args.accumulate);
         for (int64_t i = 0; args.drop.active && i < rows; ++i) ++bits[i];
       }

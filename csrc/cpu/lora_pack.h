@@ -124,11 +124,11 @@ inline void pack(Element element, Dtype round, const Thin& m, void* dst, int64_t
   }
 }
 
-// out[i, j] = alpha * sum_chunk parts[chunk][i][j], chunks in order, for rows i0 .. i1 - 1. `transposed` writes out[j,
-// i].
+// out[i, j] = alpha * sum_chunk parts[chunk][i][j], chunks in order, for rows i0 .. i1 - 1 of stride `ld`. `transposed`
+// writes out[j, i].
 template <class C, class T>
 void sum_parts(const C* parts, int64_t chunks, int64_t rows, int64_t rank_pad, int64_t rank, C alpha, T* out,
-               bool transposed, int64_t i0, int64_t i1) {
+               int64_t ld, bool transposed, int64_t i0, int64_t i1) {
   constexpr int64_t kBlock = 64;
   C total[kBlock][kPanel];
   for (int64_t i = i0; i < i1; i += kBlock) {
@@ -143,12 +143,12 @@ void sum_parts(const C* parts, int64_t chunks, int64_t rows, int64_t rank_pad, i
       }
       if (transposed) {
         for (int64_t c = 0; c < used; ++c) {
-          T* row = out + (j + c) * rows + i;
+          T* row = out + (j + c) * ld + i;
           for (int64_t k = 0; k < count; ++k) row[k] = static_cast<T>(alpha * total[k][c]);
         }
       } else {
         for (int64_t k = 0; k < count; ++k) {
-          T* row = out + (i + k) * rank + j;
+          T* row = out + (i + k) * ld + j;
           for (int64_t c = 0; c < used; ++c) row[c] = static_cast<T>(alpha * total[k][c]);
         }
       }

@@ -242,6 +242,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
             ps=ps,
             seeds=torch.randint(0, 2**62, (len(names),), device=input.device) if any(ps) else None,
             save_mask=self.mask == "bits",
+            checked=True,
         )
 
     def _base_of_merged(self, input: Tensor) -> Tensor:  # noqa: A002

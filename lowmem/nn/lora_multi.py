@@ -160,8 +160,11 @@ class MultiLoRALinear(FusedLoRALinear):
     def forward(self, input: Tensor, adapter_ids: Tensor | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """``[..., K]`` to ``[..., N]``; ``adapter_ids`` and ``cu_seqlens`` as in :func:`route`. With neither, the rows
         that :func:`routed` set, or else the active adapter for all rows."""
-        if adapter_ids is None and cu_seqlens is None:
+        if (adapter_ids is None and cu_seqlens is None) or self._disabled:
             return super().forward(input)
+        for name, given in (("adapter_ids", adapter_ids), ("cu_seqlens", cu_seqlens)):
+            if given is not None and given.device != input.device:
+                bad("MultiLoRALinear", name, f"device {input.device} (input's)", f"device {given.device}")
         rows = input.numel() // max(input.shape[-1], 1)
         return self.routed_forward(
             input, route(list(self.lora_A), adapter_ids=adapter_ids, cu_seqlens=cu_seqlens, rows=rows)

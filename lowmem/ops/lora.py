@@ -20,6 +20,7 @@ for fp64), and weight gradients leave in that accumulation dtype. Dropped elemen
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -186,14 +187,12 @@ def da_reference(ds: Tensor, x: Tensor, mask: Tensor | None, p: float, seed: Ten
     return (ds.T @ torch.where(keep, x, 0)).to(accumulate_dtype(x.dtype)).mul_(inv_keep(p))
 
 
-def _launcher(name: str) -> Any:
+def _launcher(name: str, module: str = "lora") -> Any:
     # Triton is imported at the first call on a CUDA device, never before
     def launch(*args: Any) -> Any:
-        from ..triton_kernels import lora as kernels
+        return getattr(importlib.import_module(f"lowmem.triton_kernels.{module}"), name)(*args)
 
-        return getattr(kernels, name)(*args)
-
-    launch.__name__ = f"triton_kernels.lora.{name}"
+    launch.__name__ = f"triton_kernels.{module}.{name}"
     return launch
 
 

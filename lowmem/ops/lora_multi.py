@@ -3,17 +3,21 @@ each over all adapters in one call.
 
 A batch of ``M`` rows is cut by ``offsets`` ``[J + 1]`` (int64, on x's device): adapter ``j`` owns rows
 ``order[offsets[j]:offsets[j + 1]]``, or ``offsets[j]:offsets[j + 1]`` where ``order`` is None. Rows outside all of them
-see the base alone. The adapters' matrices are stacked: ``a`` ``[R, K]`` and ``b`` ``[N, R]`` with ``R = sum(ranks)``;
-``s`` and ``ds`` are ``[M, max(ranks)]``, row ``m`` holding its own adapter's ranks and zeros.
+see the base alone. ``a`` and ``b`` are lists of ``J`` matrices ``[r_j, K]`` and ``[N, r_j]``; ``s`` and ``ds`` are
+``[M, max r_j]``, row ``m`` holding its own adapter's ranks and zeros. Scales and drop probabilities come as ``table``
+(:func:`adapter_table`), a tensor, so that no operator takes a number that a step may change.
 
-What each operator computes is defined by the loop over adapters below, which is also its kernel (it reads ``offsets``
-on the host): adapter ``j`` draws its mask from ``seeds[j]`` with rows counted inside its own segment, so that a row
-gets what the single-adapter operator would give it.
+What each operator computes is defined by the loop over adapters below (it reads ``offsets`` on the host): adapter ``j``
+draws its mask from ``seeds[j]`` with rows counted inside its own segment, so that a row gets what the single-adapter
+operator would give it. ``csrc/cpu/lora_multi.cpp`` serves the CPU; ``triton_kernels/lora_multi.py`` serves GPUs, one
+launch a pass over all adapters and no host sync: which adapter a block of rows belongs to is worked out on the device.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -24,87 +28,151 @@ from .._dispatch import define
 from .._dtypes import accumulate_dtype
 from .._errors import bad
 from ..quant.qtensor import QTensor
+from .lora import _below_autograd, _launcher
+from .philox import inv_keep, threshold
 from .quant import qmatmul
 
+FIRST, RANK, THRESHOLD, SCALE, INV_KEEP, SCALE_INV_KEEP = range(6)
+"""Columns of :func:`adapter_table`."""
 
-def _segments(order: Tensor | None, offsets: Tensor, ranks: list[int]) -> Iterator[tuple[int, slice, Any]]:
-    """``(j, slice of the stacked ranks, rows)`` of every adapter that owns rows; rows as a slice or an index."""
+
+def _bits(value: float) -> int:
+    return struct.unpack("<q", struct.pack("<d", value))[0]
+
+
+def _number(bits: int) -> float:
+    return struct.unpack("<d", struct.pack("<q", bits))[0]
+
+
+def _build_table(ranks: tuple[int, ...], scales: tuple[float, ...], ps: tuple[float, ...], device: Any) -> Tensor:
+    rows, first = [], 0
+    for r, scale, p in zip(ranks, scales, ps, strict=True):
+        keep = inv_keep(p)
+        rows.append((first, r, threshold(p), _bits(scale), _bits(keep), _bits(scale * keep)))
+        first += r
+    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
+    if torch.device(device).type == "cpu":
+        return table
+    return table.pin_memory().to(device, non_blocking=True)  # a copy from pageable memory would wait for the device
+
+
+@lru_cache(maxsize=4096)
+def _kept_table(ranks: tuple[int, ...], scales: tuple[float, ...], ps: tuple[float, ...], device: Any) -> Tensor:
+    with torch.inference_mode(False):  # kept, and saved for backward later
+        return _build_table(ranks, scales, ps, device)
+
+
+def adapter_table(ranks: tuple[int, ...], scales: tuple[float, ...], ps: tuple[float, ...], device: Any) -> Tensor:
+    """int64 ``[J, 6]`` on ``device``: row j holds adapter j's first row in the stacked ranks, its rank, the 16-bit keep
+    threshold of ``p_j`` (0: no dropout), and the bits of the fp64 numbers ``scale_j``, ``1 / (1 - p_j)`` and their
+    product. Kept: the same numbers give the same tensor, made once and without a host sync."""
+    if torch._C._len_torch_dispatch_stack():  # under a mode (fake tensors, for one) the tensor is that mode's
+        return _build_table(ranks, scales, ps, device)
+    return _kept_table(ranks, scales, ps, device)
+
+
+TABLE = "(int[] ranks, float[] scales, float[] ps, Tensor like) -> Tensor"
+
+
+def table_fake(ranks: list[int], scales: list[float], ps: list[float], like: Tensor) -> Tensor:
+    """Shape of ``lowmem::lora_multi_table``."""
+    return like.new_empty(len(ranks), 6, dtype=torch.int64)
+
+
+def table_reference(ranks: list[int], scales: list[float], ps: list[float], like: Tensor) -> Tensor:
+    """A copy of :func:`adapter_table` on ``like``'s device: for compiled graphs, whose numbers may be symbols."""
+    return adapter_table(tuple(ranks), tuple(scales), tuple(ps), like.device).clone()
+
+
+def _segments(
+    order: Tensor | None, offsets: Tensor, table: Tensor, seeds: Tensor | None
+) -> Iterator[tuple[int, Any, float, float, Tensor | None]]:
+    """``(j, rows, scale, p, seed)`` of every adapter that owns rows; rows as a slice or an index."""
     ends = offsets.tolist()
-    first = 0
-    for j, r in enumerate(ranks):
+    for j, (_, _, cut, scale, _, _) in enumerate(table.tolist()):
         low, high = ends[j], ends[j + 1]
         if high > low:
-            yield j, slice(first, first + r), slice(low, high) if order is None else order[low:high]
-        first += r
+            rows = slice(low, high) if order is None else order[low:high]
+            seed = seeds[j : j + 1] if seeds is not None and cut > 0 else None
+            yield j, rows, _number(scale), cut / 65536, seed
 
 
-def _seed(seeds: Tensor | None, j: int, p: float) -> Tensor | None:
-    return seeds[j : j + 1] if seeds is not None and p > 0 else None
+def _width(matrices: Sequence[Tensor], dim: int) -> int:
+    return max(one.shape[dim] for one in matrices)
 
+
+# ------------------------------------------------------------------------------------------------------------- shrink
 
 SHRINK = (
-    "(Tensor x, Tensor a, int[] ranks, float[] scales, float[] ps, Tensor? seeds, Tensor? order, Tensor offsets, "
-    "bool save_mask) -> (Tensor, Tensor)"
+    "(Tensor x, Tensor[] a, Tensor table, Tensor? seeds, Tensor? order, Tensor offsets, bool drop, bool save_mask) "
+    "-> (Tensor, Tensor)"
 )
 
 
 def shrink_fake(
     x: Tensor,
-    a: Tensor,
-    ranks: list[int],
-    scales: list[float],
-    ps: list[float],
+    a: list[Tensor],
+    table: Tensor,
     seeds: Tensor | None,
     order: Tensor | None,
     offsets: Tensor,
+    drop: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor]:
     """Shapes of ``lowmem::lora_multi_shrink``."""
-    words = (x.shape[0], (x.shape[1] + 31) // 32) if save_mask and any(ps) else (0,)
-    return x.new_empty(x.shape[0], max(ranks)), x.new_empty(words, dtype=torch.int32)
+    words = (x.shape[0], (x.shape[1] + 31) // 32) if save_mask and drop else (0,)
+    return x.new_empty(x.shape[0], _width(a, 0)), x.new_empty(words, dtype=torch.int32)
 
 
 def shrink_reference(
     x: Tensor,
-    a: Tensor,
-    ranks: list[int],
-    scales: list[float],
-    ps: list[float],
+    a: list[Tensor],
+    table: Tensor,
     seeds: Tensor | None,
     order: Tensor | None,
     offsets: Tensor,
+    drop: bool,
     save_mask: bool,
 ) -> tuple[Tensor, Tensor]:
-    """``S_m = scale_j * drop_j(x_m) a_j^T`` for every row of adapter j, and the packed keep bits ``[M, ceil(K/32)]``
-    (empty without ``save_mask`` or dropout; zero for rows without)."""
-    s = x.new_zeros(x.shape[0], max(ranks))
-    words = (x.shape[0], (x.shape[1] + 31) // 32) if save_mask and any(ps) else (0,)
+    """``S_m = scale_j * drop_j(x_m) a_j^T`` for every row of adapter j, zeros elsewhere, and the packed keep bits ``[M,
+    ceil(K/32)]``: all ones for rows of an adapter without dropout, zeros for rows of none; an empty tensor without
+    ``drop`` (which says whether any adapter has dropout) or ``save_mask``."""
+    s = x.new_zeros(x.shape[0], _width(a, 0))
+    words = (x.shape[0], (x.shape[1] + 31) // 32) if save_mask and drop else (0,)
     mask = x.new_zeros(words, dtype=torch.int32)
-    for j, at, rows in _segments(order, offsets, ranks):
-        bits = save_mask and ps[j] > 0
-        part, keep = torch.ops.lowmem.lora_shrink(x[rows], a[at], scales[j], ps[j], _seed(seeds, j, ps[j]), 0, bits)
-        s[rows, : ranks[j]] = part
-        if bits:
-            mask[rows] = keep
+    for j, rows, scale, p, seed in _segments(order, offsets, table, seeds):
+        p = p if drop else 0.0
+        bits = save_mask and p > 0
+        part, keep = torch.ops.lowmem.lora_shrink(x[rows], a[j], scale, p, seed, 0, bits)
+        s[rows, : a[j].shape[0]] = part
+        if save_mask and drop:
+            mask[rows] = keep if bits else _all_kept(x.shape[1], mask)
     return s, mask
 
 
+def _all_kept(columns: int, like: Tensor) -> Tensor:
+    bits = [-1] * (columns // 32) + ([(1 << columns % 32) - 1] if columns % 32 else [])
+    return torch.tensor(bits, dtype=torch.int32, device=like.device)
+
+
+# ------------------------------------------------------------------------------------------------------------- expand
+
 EXPAND = (
-    "(Tensor(a!) out, Tensor s, Tensor a, int[] ranks, float[] ps, Tensor? mask, Tensor? seeds, Tensor? order, "
-    "Tensor offsets) -> ()"
+    "(Tensor(a!) out, Tensor s, Tensor[] a, Tensor table, Tensor? mask, Tensor? seeds, Tensor? order, Tensor offsets, "
+    "bool drop) -> ()"
 )
 
 
 def expand_fake(
     out: Tensor,
     s: Tensor,
-    a: Tensor,
-    ranks: list[int],
-    ps: list[float],
+    a: list[Tensor],
+    table: Tensor,
     mask: Tensor | None,
     seeds: Tensor | None,
     order: Tensor | None,
     offsets: Tensor,
+    drop: bool,
 ) -> None:
     """``lowmem::lora_multi_expand_`` writes ``out`` and returns nothing."""
 
@@ -112,53 +180,66 @@ def expand_fake(
 def expand_reference(
     out: Tensor,
     s: Tensor,
-    a: Tensor,
-    ranks: list[int],
-    ps: list[float],
+    a: list[Tensor],
+    table: Tensor,
     mask: Tensor | None,
     seeds: Tensor | None,
     order: Tensor | None,
     offsets: Tensor,
+    drop: bool,
 ) -> None:
-    """``out_m += mask_m * (s_m a_j) / (1 - p_j)`` in place for every row of adapter j; ``a`` ``[R, columns of
-    out]``."""
-    for j, at, rows in _segments(order, offsets, ranks):
-        keep = mask[rows] if mask is not None and ps[j] > 0 else None
-        seed = None if keep is not None else _seed(seeds, j, ps[j])
+    """``out_m += keep_m * (s_m a_j) / (1 - p_j)`` in place for every row of adapter j, or ``out_m += s_m a_j`` without
+    ``drop``; ``a_j`` ``[r_j, columns of out]``. The keep bits are ``mask``'s, or drawn again from ``seeds``."""
+    for j, rows, _, p, seed in _segments(order, offsets, table, seeds):
+        p = p if drop else 0.0
+        keep = mask[rows] if mask is not None and p > 0 else None
         part = out[rows]  # a view for a slice, a copy for an index
-        if ps[j] > 0:
-            torch.ops.lowmem.lora_masked_expand_(part, s[rows, : ranks[j]], a[at], keep, ps[j], seed, 0, True)
-        else:
-            part.addmm_(s[rows, : ranks[j]], a[at].to(out.dtype))
+        delta = s[rows, : a[j].shape[0]]
+        torch.ops.lowmem.lora_masked_expand_(part, delta, a[j], keep, p, seed if p > 0 else None, 0, True)
         if order is not None:
             out[rows] = part
 
 
-DY = "(Tensor dy, Tensor b, Tensor s, int[] ranks, float[] scales, Tensor? order, Tensor offsets) -> (Tensor, Tensor)"
+# ------------------------------------------------------------------------------------------------------------ dy pass
+
+DY = "(Tensor dy, Tensor[] b, Tensor s, Tensor table, Tensor? order, Tensor offsets) -> (Tensor, Tensor)"
 
 
 def dy_fake(
-    dy: Tensor, b: Tensor, s: Tensor, ranks: list[int], scales: list[float], order: Tensor | None, offsets: Tensor
+    dy: Tensor, b: list[Tensor], s: Tensor, table: Tensor, order: Tensor | None, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Shapes of ``lowmem::lora_multi_dy``."""
-    return dy.new_empty(s.shape), dy.new_empty(b.shape, dtype=accumulate_dtype(dy.dtype))
+    size = sum(one.numel() for one in b)
+    return dy.new_empty(dy.shape[0], _width(b, 1)), dy.new_empty(size, dtype=accumulate_dtype(dy.dtype))
 
 
 def dy_reference(
-    dy: Tensor, b: Tensor, s: Tensor, ranks: list[int], scales: list[float], order: Tensor | None, offsets: Tensor
+    dy: Tensor, b: list[Tensor], s: Tensor, table: Tensor, order: Tensor | None, offsets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``dS_m = scale_j * dy_m b_j`` ``[M, max(ranks)]`` and ``dB_j = dy_j^T s_j``, stacked ``[N, R]``."""
-    ds, db = dy.new_zeros(s.shape), dy.new_zeros(b.shape, dtype=accumulate_dtype(dy.dtype))
-    for j, at, rows in _segments(order, offsets, ranks):
-        ds[rows, : ranks[j]], db[:, at] = torch.ops.lowmem.lora_dy(
-            dy[rows], b[:, at], s[rows, : ranks[j]].contiguous(), scales[j]
-        )
+    """``dS_m = scale_j * dy_m b_j`` ``[M, max r_j]`` (zeros where a row has no such rank) and all ``dB_j = dy_j^T s_j``
+    ``[N, r_j]``, one behind the other in one vector; zeros for an adapter without rows."""
+    ds = dy.new_zeros(dy.shape[0], _width(b, 1))
+    db = dy.new_zeros(sum(one.numel() for one in b), dtype=accumulate_dtype(dy.dtype))
+    parts = split_like(db, b)
+    for j, rows, scale, _, _ in _segments(order, offsets, table, None):
+        r = b[j].shape[1]
+        part, grad = torch.ops.lowmem.lora_dy(dy[rows], b[j], s[rows, :r].contiguous(), scale)
+        ds[rows, :r] = part
+        parts[j].copy_(grad)
     return ds, db
 
 
+def split_like(flat: Tensor, matrices: Sequence[Tensor]) -> list[Tensor]:
+    """The matrices that lie one behind the other in ``flat``, as views of the shapes of ``matrices``."""
+    sizes = [one.numel() for one in matrices]
+    return [part.view(one.shape) for part, one in zip(flat.split(sizes), matrices, strict=True)]
+
+
+# ----------------------------------------------------------------------------------------------------------------- dA
+
 DA = (
-    "(Tensor ds, Tensor x, int[] ranks, float[] ps, Tensor? mask, Tensor? seeds, Tensor? order, Tensor offsets) "
-    "-> Tensor"
+    "(Tensor ds, Tensor x, int[] ranks, Tensor table, Tensor? mask, Tensor? seeds, Tensor? order, Tensor offsets, "
+    "bool drop) -> Tensor"
 )
 
 
@@ -166,11 +247,12 @@ def da_fake(
     ds: Tensor,
     x: Tensor,
     ranks: list[int],
-    ps: list[float],
+    table: Tensor,
     mask: Tensor | None,
     seeds: Tensor | None,
     order: Tensor | None,
     offsets: Tensor,
+    drop: bool,
 ) -> Tensor:
     """Shape of ``lowmem::lora_multi_da``."""
     return x.new_empty(sum(ranks), x.shape[1], dtype=accumulate_dtype(x.dtype))
@@ -180,59 +262,95 @@ def da_reference(
     ds: Tensor,
     x: Tensor,
     ranks: list[int],
-    ps: list[float],
+    table: Tensor,
     mask: Tensor | None,
     seeds: Tensor | None,
     order: Tensor | None,
     offsets: Tensor,
+    drop: bool,
 ) -> Tensor:
-    """``dA_j = ds_j^T drop_j(x_j)``, stacked ``[R, K]`` in the accumulation dtype; zero for an adapter without rows."""
+    """All ``dA_j = ds_j^T drop_j(x_j)``, stacked ``[sum(ranks), K]`` in the accumulation dtype; zeros for an adapter
+    without rows. Mask and seeds as for the expand."""
     da = x.new_zeros(sum(ranks), x.shape[1], dtype=accumulate_dtype(x.dtype))
-    for j, at, rows in _segments(order, offsets, ranks):
-        keep = mask[rows] if mask is not None and ps[j] > 0 else None
-        seed = None if keep is not None else _seed(seeds, j, ps[j])
-        da[at] = torch.ops.lowmem.lora_da(ds[rows, : ranks[j]].contiguous(), x[rows], keep, ps[j], seed, 0)
+    parts = da.split(ranks)
+    for j, rows, _, p, seed in _segments(order, offsets, table, seeds):
+        p = p if drop else 0.0
+        keep = mask[rows] if mask is not None and p > 0 else None
+        part = ds[rows, : ranks[j]].contiguous()
+        parts[j].copy_(torch.ops.lowmem.lora_da(part, x[rows], keep, p, seed if p > 0 else None, 0))
     return da
 
 
-define("lora_multi_shrink", SHRINK, fake=shrink_fake, reference=shrink_reference, cpu=shrink_reference)
-define("lora_multi_expand_", EXPAND, fake=expand_fake, reference=expand_reference, cpu=expand_reference)
-define("lora_multi_dy", DY, fake=dy_fake, reference=dy_reference, cpu=dy_reference)
-define("lora_multi_da", DA, fake=da_fake, reference=da_reference, cpu=da_reference)
+def _triton(name: str) -> Any:
+    return _launcher(name, "lora_multi")
+
+
+define("lora_multi_table", TABLE, fake=table_fake, reference=table_reference)
+for _name, _schema, _fake, _reference in (
+    ("lora_multi_shrink", SHRINK, shrink_fake, shrink_reference),
+    ("lora_multi_expand_", EXPAND, expand_fake, expand_reference),
+    ("lora_multi_dy", DY, dy_fake, dy_reference),
+    ("lora_multi_da", DA, da_fake, da_reference),
+):
+    define(
+        _name,
+        _schema,
+        fake=_fake,
+        reference=_reference,
+        cpp=("cpu",),
+        cuda=_triton(_name.removeprefix("lora_multi_")),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------- autograd
 
 
 class _MultiLoRALinear(torch.autograd.Function):
     @staticmethod
-    def forward(
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        if _below_autograd():
+            with torch._C._AutoDispatchBelowAutograd():
+                return _MultiLoRALinear._forward(ctx, *args)
+        return _MultiLoRALinear._forward(ctx, *args)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        saved = ctx.saved_tensors  # outside: under activation checkpointing this runs a piece of the model again
+        if _below_autograd():
+            with torch._C._AutoDispatchBelowAutograd():
+                return _MultiLoRALinear._backward(ctx, saved, grad)
+        return _MultiLoRALinear._backward(ctx, saved, grad)
+
+    @staticmethod
+    def _forward(
         ctx: Any,
         x: Tensor,
         base: Tensor | None,
         bias: Tensor | None,
+        table: Tensor,
         order: Tensor | None,
         offsets: Tensor,
         seeds: Tensor | None,
-        settings: tuple[tuple[float, ...], tuple[float, ...]],
         save_mask: bool,
         *factors: Tensor,
     ) -> Tensor:
         ops = torch.ops.lowmem
-        a, b = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        scales, ps = settings
-        ranks = [one.shape[0] for one in a]
+        a, b = list(factors[: len(factors) // 2]), factors[len(factors) // 2 :]
         needs = ctx.needs_input_grad
         need_a, need_b = any(needs[8 : 8 + len(a)]), any(needs[8 + len(a) :])
         rows = x.reshape(-1, x.shape[-1])
-        bits = save_mask and any(ps) and (needs[0] or need_a)
-        s, mask = ops.lora_multi_shrink(rows, torch.cat(a), ranks, scales, ps, seeds, order, offsets, bits)
+        drop = seeds is not None
+        bits = save_mask and drop and (needs[0] or need_a)
+        s, mask = ops.lora_multi_shrink(rows, a, table, seeds, order, offsets, drop, bits)
         if base is not None:
             y = F.linear(rows, base, bias)
         else:
             y = x.new_zeros(rows.shape[0], b[0].shape[0]) if bias is None else bias.repeat(rows.shape[0], 1)
-        none = [0.0] * len(a)
-        ops.lora_multi_expand_(y, s, torch.cat([one.T for one in b]), ranks, none, None, None, order, offsets)
+        ops.lora_multi_expand_(y, s, [one.T for one in b], table, None, None, order, offsets, False)
         ctx.save_for_backward(
             x if needs[1] or need_a else None,
             base,
+            table,
             order,
             offsets,
             s if need_b else None,
@@ -240,33 +358,33 @@ class _MultiLoRALinear(torch.autograd.Function):
             None if bits else seeds,
             *factors,
         )
-        ctx.settings, ctx.need = (ranks, scales, ps), (need_a, need_b)
+        ctx.drop, ctx.need = drop, (need_a, need_b)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def _backward(ctx: Any, saved: tuple[Any, ...], grad: Tensor) -> Any:
         ops = torch.ops.lowmem
-        x, base, order, offsets, s, mask, seeds, *factors = ctx.saved_tensors
+        x, base, table, order, offsets, s, mask, seeds, *factors = saved
         a, b = factors[: len(factors) // 2], factors[len(factors) // 2 :]
-        ranks, scales, ps = ctx.settings
         (need_a, need_b), needs = ctx.need, ctx.needs_input_grad
         dy = grad.reshape(-1, grad.shape[-1])
         dx = dw = None
         da: Any = [None] * len(a)
         db: Any = [None] * len(a)
         if s is None:
-            s = dy.new_zeros(dy.shape[0], max(ranks))
-        ds, stacked = ops.lora_multi_dy(dy, torch.cat(b, 1), s, ranks, scales, order, offsets)
+            s = dy.new_zeros(dy.shape[0], _width(a, 0))
+        ds, flat = ops.lora_multi_dy(dy, b, s, table, order, offsets)
         if need_b:
-            db = [part.to(one.dtype) for part, one in zip(stacked.split(ranks, 1), b, strict=True)]
+            db = [part.to(one.dtype) for part, one in zip(split_like(flat, b), b, strict=True)]
         if needs[0]:
             dx = dy.new_zeros(dy.shape[0], a[0].shape[1]) if base is None else dy @ base
-            ops.lora_multi_expand_(dx, ds, torch.cat(a), ranks, ps, mask, seeds, order, offsets)
+            ops.lora_multi_expand_(dx, ds, a, table, mask, seeds, order, offsets, ctx.drop)
             dx = dx.view(*grad.shape[:-1], dx.shape[1])
         if x is not None:
             rows = x.reshape(-1, x.shape[-1])
             if need_a:
-                stacked = ops.lora_multi_da(ds, rows, ranks, ps, mask, seeds, order, offsets)
+                ranks = [one.shape[0] for one in a]
+                stacked = ops.lora_multi_da(ds, rows, ranks, table, mask, seeds, order, offsets, ctx.drop)
                 da = [part.to(one.dtype) for part, one in zip(stacked.split(ranks), a, strict=True)]
             dw = dy.T @ rows if needs[1] else None
         dbias = dy.sum(0) if needs[2] else None
@@ -286,6 +404,7 @@ def multi_lora_linear(
     ps: Sequence[float] | None = None,
     seeds: Tensor | None = None,
     save_mask: bool = True,
+    checked: bool = False,
 ) -> Tensor:
     """:func:`lowmem.ops.lora_linear` where row ``m`` uses the adapter that owns it: ``y_m = base(x_m) + scale_j *
     drop_j(x_m) A_j^T B_j^T``.
@@ -301,13 +420,29 @@ def multi_lora_linear(
         seeds: int64 ``[J]`` on x's device, where any p > 0. A row's mask is the one that a call of its adapter's rows
             alone would draw under ``seeds[j]``.
         save_mask: as in :func:`lowmem.ops.lora_linear`.
+        checked: order and offsets are known to be right, as those of :func:`lowmem.nn.route` are.
 
-    Returns ``[..., N]``. Saved for backward: ``x``, ``S`` ``[M, max r_j]``, bits or seeds, ``order`` and ``offsets``.
+    On the CPU the values of offsets and order are checked first. On a GPU, and under ``torch.compile``, offsets are
+    checked by an assertion on the device, without a host sync.
+
+    Returns ``[..., N]``. Saved for backward: ``x``, ``S`` ``[M, max r_j]``, bits or seeds, ``order``,
+    ``offsets`` and 48 bytes an adapter.
     """
     op = "multi_lora_linear"
     if isinstance(base, QTensor):
         rest = multi_lora_linear(
-            x, None, A, B, scales, offsets, order=order, bias=bias, ps=ps, seeds=seeds, save_mask=save_mask
+            x,
+            None,
+            A,
+            B,
+            scales,
+            offsets,
+            order=order,
+            bias=bias,
+            ps=ps,
+            seeds=seeds,
+            save_mask=save_mask,
+            checked=checked,
         )
         return qmatmul(x, base).add_(rest)
     count = len(A)
@@ -348,12 +483,28 @@ def multi_lora_linear(
         if tensor is None or tensor.dtype != torch.int64 or tuple(tensor.shape) != (size,) or tensor.device != x.device:
             got = None if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)} on {tensor.device}"
             bad(op, name, f"int64 [{size}] on {x.device}", got)
-    if kind == "cpu" and not torch.compiler.is_compiling():
-        ends = offsets.tolist()
-        if any(low > high for low, high in zip([0, *ends], [*ends, m], strict=True)):
-            bad(op, "offsets", f"ascending numbers in [0, {m}]", ends)
-    settings = (tuple(float(scale) for scale in scales), tuple(float(p) for p in ps))
+    if checked:
+        pass
+    elif kind == "cpu" and not torch.compiler.is_compiling():
+        _check_rows(op, order, offsets, m)
+    else:  # no host sync: the assertion runs on the device, and the kernels stay inside the tensors whatever it finds
+        fine = (offsets[1:] >= offsets[:-1]).all() & (offsets[0] >= 0) & (offsets[-1] <= m)
+        torch._assert_async(fine, f"lowmem.{op}: offsets: expected ascending numbers in [0, {m}]")
+    ranks = tuple(one.shape[0] for one in A)
+    if torch.compiler.is_compiling():
+        table = torch.ops.lowmem.lora_multi_table(ranks, scales, ps, offsets)
+    else:
+        table = adapter_table(ranks, tuple(map(float, scales)), tuple(map(float, ps)), x.device)
     with torch.autocast(kind, enabled=False):
         return _MultiLoRALinear.apply(
-            x, base, bias, order, offsets, seeds if any(ps) else None, settings, save_mask, *A, *B
+            x, base, bias, table, order, offsets, seeds if any(ps) else None, save_mask, *A, *B
         )
+
+
+def _check_rows(op: str, order: Tensor | None, offsets: Tensor, rows: int) -> None:
+    ends = offsets.tolist()
+    if any(low > high for low, high in zip([0, *ends], [*ends, rows], strict=True)):
+        bad(op, "offsets", f"ascending numbers in [0, {rows}]", ends)
+    if order is not None and rows and not torch.equal(order.sort().values, torch.arange(rows)):
+        got = order.tolist() if rows < 20 else f"{int(order.min())}..{int(order.max())}, with repeats or gaps"
+        bad(op, "order", f"a permutation of 0..{rows - 1}", got)
