@@ -189,6 +189,8 @@ def dy_kernel(
     part = tl.program_id(1)
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     rank = tl.program_id(2) * BR + tl.arange(0, BR)
+    in_b = (column[:, None] < N) & (rank[None, :] < R)
+    wide = column.to(tl.int64)[:, None]
     b = load_rank_columns(b_ptr, stride_b, column, N, rank, R, dy_ptr.dtype.element_ty)
     ds_ptr += tl.program_id(0).to(tl.int64) * M * R
     acc = tl.zeros([BN, BR], tl.float32)
@@ -198,9 +200,7 @@ def dy_kernel(
         acc = dy_rows(
             dy_ptr, s_ptr, ds_ptr, b, acc, row, column, rank, M, N, R, stride_dy, stride_s, R, scale, EVEN, PRECISION
         )
-    wide = column.to(tl.int64)[:, None]
-    ptrs = db_ptr + (part.to(tl.int64) * N + wide) * R + rank[None, :]
-    tl.store(ptrs, acc, mask=(column[:, None] < N) & (rank[None, :] < R))
+    tl.store(db_ptr + (part.to(tl.int64) * N + wide) * R + rank[None, :], acc, mask=in_b)
 
 
 @triton.jit
