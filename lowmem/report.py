@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from .convert import output_head, why_not
 from .nn.lora import FusedLoRALinear
 from .nn.lora_embedding import FusedLoRAEmbedding
 from .nn.lora_layer import LoRALayer
+from .nn.quant import PackedWeight, QuantLinear
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ def saved_bytes_per_row(layer: LoRALayer) -> tuple[int, int]:
     return layer.in_features * item, layer.r[name] * item + bits
 
 
+def _bits(layer: PackedWeight) -> str:
+    base: Any = layer.base
+    return f"{base.spec.format} at {base.bits_per_weight:.3f} bits"
+
+
 def report(model: nn.Module) -> Report:
     """A row for every linear layer of ``model``, and every other that has an adapter: the adapter, the backend, bytes
     saved for backward per row of input (``x``, shared by layers over one input, ``+`` what is the layer's own), or why
@@ -78,7 +85,11 @@ def report(model: nn.Module) -> Report:
             adapter = module.active_adapter
             shared, own = saved_bytes_per_row(module)
             group = f", group of {len(module.group.layers)}" if module.group else ""
+            group += f", over {_bits(module)}" if module.qspec is not None else ""
             rows.append((name, f"{adapter} r={module.r[adapter]}{group}", backend, f"{shared}+{own}", reason))
+        elif isinstance(module, QuantLinear):
+            backend, reason = _dispatch.serving("quant_matmul", "cuda" if module.weight.is_cuda else "cpu")
+            rows.append((name, f"none, {_bits(module)}", backend, "0", reason))
         elif isinstance(module, nn.Linear):
             rows.append((name, "-", "torch", "-", why_not(module, head) or "not a target"))
     parameters = list(model.parameters())

@@ -40,6 +40,8 @@ def test_quantize_alone():
     for name, layer in layers.items():
         assert torch.equal(dequantize(layer.base), dequantize(quantize(dense[f"{name}.weight"], "nf4")))
         assert not layer.weight.requires_grad
+    report = lowmem.report(m)
+    assert report.converted == 0 and "none, nf4 at 4.500 bits" in str(report)
     assert m[0].norm.weight.requires_grad and torch.equal(m[0].q_proj.bias, dense["0.q_proj.bias"])
     m(X).sum().backward()
     assert m[0].norm.weight.grad is not None
@@ -55,7 +57,8 @@ def test_quantize_under_adapters():
     assert {n for n, p in m.named_parameters() if p.grad is not None} == {
         n for n, p in m.named_parameters() if p.requires_grad
     }
-    assert "5 layers" in str(lowmem.report(m)) and sum(p.requires_grad for p in m.parameters()) == 8
+    assert "4 of 5 layers" in str(lowmem.report(m)) and "over int4 at 4.750 bits" in str(lowmem.report(m))
+    assert sum(p.requires_grad for p in m.parameters()) == 8
 
 
 def test_formats_by_name():

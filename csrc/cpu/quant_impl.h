@@ -13,8 +13,7 @@ constexpr int kOuterCols = 512;   // columns of W that one call of outer takes
 constexpr int kGroupBatch = 256;  // scales that are read at a time
 enum QuantOut : int { kOutFloat = 0, kOutBFloat16, kOutHalf, kQuantOuts };
 
-// Scales (and zeros, where there are any) first .. first + count - 1 in fp32. Compiled once, without fused
-// multiply-adds: product and sum are rounded one by one.
+// Scales (and zeros, where there are any) first .. first + count - 1 in fp32.
 void quant_scales(const QuantView& w, int64_t first, int64_t count, float* scales);
 void quant_zeros(const QuantView& w, int64_t first, int64_t count, float* zeros);
 

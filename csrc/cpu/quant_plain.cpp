@@ -4,16 +4,10 @@
 
 #include "cpu/quant_impl.h"
 
-// the products of scales are rounded before the offset is added: a compiler that may fuse them is told not to
-#if defined(__GNUC__) && !defined(__clang__)
-#define LM_NO_CONTRACTION __attribute__((optimize("fp-contract=off")))
-#else
-#define LM_NO_CONTRACTION
-#endif
-
 namespace lm {
 
-LM_NO_CONTRACTION void quant_scales(const QuantView& w, int64_t first, int64_t count, float* scales) {
+// Products and sums are rounded one by one: setup.py turns their fusion off (-ffp-contract=off).
+void quant_scales(const QuantView& w, int64_t first, int64_t count, float* scales) {
   if (w.spec.scale_bits == 8) {
     const uint8_t* u = static_cast<const uint8_t*>(w.scale) + first;
     for (int64_t i = 0; i < count;) {
