@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ._errors import bad
+from .act import structure
 from .nn.lora import FusedLoRALinear
 from .nn.lora_conv import FusedLoRAConv2d
 from .nn.lora_embedding import FusedLoRAEmbedding
@@ -131,6 +132,13 @@ def _quantize_layers(model: nn.Module, targets: dict[str, nn.Module], specs: Map
                 targets[place] = layer
 
 
+def _attention_output(model: nn.Module, name: str) -> bool:
+    """Whether ``name`` is the projection behind an attention: beside projections for q, k and v, and none of them."""
+    parent, _, child = name.rpartition(".")
+    beside = dict(model.get_submodule(parent).named_children())
+    return {"q_proj", "k_proj", "v_proj"} <= set(beside) and child not in ("q_proj", "k_proj", "v_proj")
+
+
 def convert(
     model: Model,
     *,
@@ -146,6 +154,7 @@ def convert(
     gate: bool = False,
     train: Collection[str] = PARTS,
     name: str = "default",
+    activations: Literal["fp8", "recompute"] | None = None,
     example_inputs: Any = None,
 ) -> Model:
     """Replace layers by :class:`lowmem.nn.FusedLoRALinear`, and where ``target_modules`` names such by
@@ -159,7 +168,8 @@ def convert(
 
     Args:
         model: any ``nn.Module``.
-        r: rank of every adapter; None puts in none (then ``quant`` is needed).
+        r: rank of every adapter; None puts in none (then ``quant`` or ``activations`` is needed; the second alone
+            freezes nothing).
         alpha: numerator of the scale ``alpha / r``; None means ``r``, a scale of 1.
         dropout: drop probability of the adapters' input while training.
         target_modules: ``"all-linear"`` (every plain ``nn.Linear`` but the output head), another string as a regular
@@ -171,6 +181,11 @@ def convert(
             K that a group size does not divide.
         use_rslora, adapter_dtype, mask, use_dora, gate, train, name: see :class:`lowmem.nn.FusedLoRALinear`. ``mask``
             is for linear layers; embeddings and convolutions take neither ``use_dora`` nor ``gate``.
+        activations: what backward keeps of activations. Norms over one weight and gated MLPs (SiLU) are replaced by
+            :class:`lowmem.nn.RMSNorm`, :class:`lowmem.nn.LayerNorm` and :class:`lowmem.nn.GatedMLP` of the same
+            parameters with this ``save``, found by structure and by trying what they compute; the new
+            :class:`lowmem.nn.FusedLoRALinear` get it too, but for an attention's output projection, whose input
+            attention keeps anyway. ``lowmem.report`` names what was left out. Parameters keep their names.
         example_inputs: arguments for one call of ``model`` (a dict of keywords, a tuple, or a tensor), made here once
             in eval mode without gradients, to see which layers read the same tensor: those are grouped
             (:class:`lowmem.nn.FusedLoRAGroup`). None groups q/k/v and gate/up projections by their usual names.
@@ -181,8 +196,14 @@ def convert(
     Raises ValueError or TypeError ``lowmem.convert: <argument>: expected ..., got ...``: nothing matches, a match is
     none of the three kinds, or the model is converted already.
     """
+    if activations not in (None, "fp8", "recompute"):
+        bad("convert", "activations", "'fp8', 'recompute' or None", repr(activations))
     if r is None and quant is None:
-        bad("convert", "r", "a rank, or quant=...", None)
+        if activations is None:
+            bad("convert", "r", "a rank, or quant=..., or activations=...", None)
+        if not structure.replace(model, activations):
+            bad("convert", "activations", "a model with norms or gated MLPs that can be replaced", "none")
+        return model
     if r is not None:
         check_adapter("convert", name, r, r if alpha is None else alpha, dropout)
     present = [layer_name for layer_name, _ in lora_layers(model)]
@@ -216,6 +237,8 @@ def convert(
     if r is not None and specs:  # the adapters' settings are tried out before a weight is quantized
         FusedLoRALinear(1, 1, mask=mask, **adapter)
     _quantize_layers(model, targets, specs)
+    if activations is not None:
+        structure.replace(model, activations)
     if r is None:
         return model
     layers: dict[int, LoRALayer] = {}  # one layer for a module that is used in several places
@@ -229,7 +252,10 @@ def convert(
             made = FusedLoRAConv2d(module, **adapter)
         else:
             assert isinstance(module, nn.Linear)
-            made = FusedLoRALinear.from_linear(module, mask=mask, **adapter)
+            # attention keeps its output, which is this layer's input, as it came: one copy serves both
+            of_attention = activations is not None and _attention_output(model, layer_name)
+            save = "bf16" if activations is None or of_attention else activations
+            made = FusedLoRALinear.from_linear(module, mask=mask, save=save, **adapter)
         layers[id(module)] = made
         others = [other for other, m in model.named_modules() if m is not module and _shares(m, module)]
         if others:

@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from . import _dispatch
+from .act import structure
 from .convert import output_head, why_not
 from .nn.lora import FusedLoRALinear
 from .nn.lora_embedding import FusedLoRAEmbedding
 from .nn.lora_layer import LoRALayer
 from .nn.quant import PackedWeight, QuantLinear
+from .ops.activation_saved import packed_bytes
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Report(Table):
 
 def saved_bytes_per_row(layer: LoRALayer) -> tuple[int, int]:
     """Bytes that ``layer`` saves for backward per row of its input while training: ``(x, which siblings over the same x
-    share, S and mask)``: ``K * itemsize`` and ``r * itemsize + 4 * ceil(K / 32)`` (the last only with dropout and
+    share, S and mask)``: ``K * itemsize``, or ``K + ceil(K / 128)``
+    in FP8 groups, and ``r * itemsize + 4 * ceil(K / 32)`` (the last only with dropout and
     bits). A convolution's rows are pixels of its input, then of its output; an embedding's are ids of 8 bytes."""
     name, item = layer.active_adapter, layer.dense_dtype.itemsize
     if isinstance(layer, FusedLoRAEmbedding):
@@ -60,7 +63,8 @@ def saved_bytes_per_row(layer: LoRALayer) -> tuple[int, int]:
     if not isinstance(layer, FusedLoRALinear):
         return layer.weight.shape[1] * item, layer.r[name] * item
     bits = 4 * ((layer.in_features + 31) // 32) if layer.dropout[name] > 0 and layer.mask == "bits" else 0
-    return layer.in_features * item, layer.r[name] * item + bits
+    k = layer.in_features
+    return packed_bytes(1, k) if layer.save == "fp8" else k * item, layer.r[name] * item + bits
 
 
 def _bits(layer: PackedWeight) -> str:
@@ -71,7 +75,7 @@ def _bits(layer: PackedWeight) -> str:
 def report(model: nn.Module) -> Report:
     """A row for every linear layer of ``model``, and every other that has an adapter: the adapter, the backend, bytes
     saved for backward per row of input (``x``, shared by layers over one input, ``+`` what is the layer's own), or why
-    the layer is not converted."""
+    the layer is not converted; then its norms and gated MLPs, where some were replaced."""
     head, rows, converted = output_head(model), [], 0
     for name, module in model.named_modules():
         if isinstance(module, LoRALayer):
@@ -92,10 +96,18 @@ def report(model: nn.Module) -> Report:
             rows.append((name, f"none, {_bits(module)}", backend, "0", reason))
         elif isinstance(module, nn.Linear):
             rows.append((name, "-", "torch", "-", why_not(module, head) or "not a target"))
+    footer = f"{converted} of {len(rows)} layers converted; "
+    kept = [(name, m, structure.why_not(m)) for name, m in model.named_modules()]
+    kept = [(name, m, why) for name, m, why in kept if why is not None]
+    if any(isinstance(m, structure.REPLACEMENTS) for _, m, _ in kept):  # else nobody asked for them
+        ours = [m for _, m, _ in kept if isinstance(m, structure.REPLACEMENTS)]
+        for name, module, why in kept:
+            rows.append((name, *structure.report_row(module, why)))
+        footer += f"{len(ours)} of {len(kept)} norms and gated MLPs replaced; "
     parameters = list(model.parameters())
     trainable = sum(p.numel() for p in parameters if p.requires_grad)
     total = sum(p.numel() for p in parameters)
-    footer = f"{converted} of {len(rows)} layers converted; {trainable:,} of {total:,} parameters train"
+    footer += f"{trainable:,} of {total:,} parameters train"
     return Report(
         ("layer", "adapter", "backend", "saved B/row", "why not more"), tuple(rows), footer, converted, trainable, total
     )

@@ -7,6 +7,7 @@ import sys
 # cuBLAS repeats its bits only with a workspace that is fixed before the first handle is made
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
+import interpreted
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
@@ -96,3 +97,21 @@ def runs_under():
         return done.stdout
 
     return run
+
+
+@pytest.fixture
+def where(request):
+    """The device of a test of Triton kernels (interpreted.py)."""
+    return request.param
+
+
+@pytest.fixture
+def kernels(where):
+    """Skips with the reason where the kernels cannot run."""
+    if where == "cpu" and not interpreted.INTERPRETING:
+        pytest.skip("runs in its own process, with TRITON_INTERPRET=1")
+    if where == "cuda" and interpreted.INTERPRETING:
+        pytest.skip("TRITON_INTERPRET=1 is set: nothing would be compiled")
+    why = interpreted.unusable()
+    if why:
+        pytest.skip(why)

@@ -7,65 +7,15 @@ bf16 included, with the tiles users get.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-
 import pytest
 import torch
+from interpreted import DTYPES, WHERE, everywhere
 
 from lowmem.ops import lora as family
 from lowmem.ops.philox import inv_keep, keep_mask, pack_bits, philox4x32, threshold, unpack_bits
 from lowmem.testing import LAYOUTS, assert_close_to_reference, huge_view, reference_pair, terms_of
 
 pytestmark = pytest.mark.usefixtures("poisoned", "kernels")
-
-INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
-# the device under test by its mark: `-m interpret` runs on CPU tensors, `-m gpu` compiled
-WHERE = [pytest.param("cpu", marks=pytest.mark.interpret), pytest.param("cuda", marks=pytest.mark.gpu)]
-DTYPES = [
-    torch.float32,
-    torch.float16,
-    pytest.param(
-        torch.bfloat16, marks=pytest.mark.skipif(INTERPRETING, reason="the interpreter's bf16 tl.dot is wrong")
-    ),
-]
-
-
-def _unusable() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    import numpy
-    import triton
-
-    def version(module):
-        return tuple(int(part) for part in module.__version__.split(".")[:2])
-
-    if INTERPRETING and version(triton) < (3, 7) and version(numpy) >= (2, 4):
-        return (
-            f"the interpreter of triton {triton.__version__} does not work with numpy {numpy.__version__} (needs < 2.4)"
-        )
-    return ""
-
-
-@pytest.fixture
-def where(request):
-    return request.param
-
-
-@pytest.fixture
-def kernels(where):
-    """Skips with the reason where the kernels cannot run."""
-    if where == "cpu" and not INTERPRETING:
-        pytest.skip("runs in its own process, with TRITON_INTERPRET=1")
-    if where == "cuda" and INTERPRETING:
-        pytest.skip("TRITON_INTERPRET=1 is set: nothing would be compiled")
-    why = _unusable()
-    if why:
-        pytest.skip(why)
-
-
-def everywhere(test):
-    return pytest.mark.parametrize("where", WHERE, indirect=True)(test)
 
 
 def launch():

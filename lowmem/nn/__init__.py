@@ -1,5 +1,6 @@
 """Modules over the operators of :mod:`lowmem.ops`."""
 
+from .activation import GELU, FP8Linear, FusedLinearCrossEntropy, GatedMLP, LayerNorm, RMSNorm, SiLU, SwiGLU
 from .lora import FusedLoRALinear
 from .lora_conv import FusedLoRAConv2d
 from .lora_embedding import FusedLoRAEmbedding
@@ -12,17 +13,25 @@ from .randlora import RandLoRALinear
 from .sampled import SampledGroup, SampledLinear, sampled_rows
 
 __all__ = [
+    "FP8Linear",
+    "FusedLinearCrossEntropy",
     "FusedLoRAConv2d",
     "FusedLoRAEmbedding",
     "FusedLoRAGroup",
     "FusedLoRALinear",
+    "GELU",
+    "GatedMLP",
     "LRQATLinear",
+    "LayerNorm",
     "LoRALayer",
     "MultiLoRALinear",
     "QuantLinear",
+    "RMSNorm",
     "RandLoRALinear",
     "SampledGroup",
     "SampledLinear",
+    "SiLU",
+    "SwiGLU",
     "disabled",
     "lora_layers",
     "route",

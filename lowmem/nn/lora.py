@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .._dtypes import accumulate_dtype
 from .._errors import bad
+from ..ops.activation_saved import INPUT_SAVES
 from ..ops.lora import Adapted, lora_group, lora_linear
 from ..ops.lora_multi import multi_lora_linear
 from ..ops.quant import qmatmul
@@ -42,6 +43,8 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         adapter_dtype: dtype of A and B; None means fp32 over a 16-bit weight (or one quantized from 16 bits) and the
             weight's dtype otherwise.
         mask: ``"bits"`` keeps one bit an element for backward, ``"seed"`` draws the mask again there.
+        save: how the input is kept for dA (:func:`lowmem.ops.lora_linear`); rows routed to many adapters keep it as it
+            came.
         use_dora, gate, train: see :meth:`add_adapter`.
         name: the first adapter's name.
         device, dtype: of a new weight.
@@ -55,6 +58,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
     """
 
     op = "FusedLoRALinear"
+    save = "bf16"
 
     def __init__(
         self,
@@ -69,6 +73,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         use_rslora: bool = False,
         adapter_dtype: torch.dtype | None = None,
         mask: Literal["bits", "seed"] = "bits",
+        save: Literal["bf16", "fp8", "recompute"] = "bf16",
         use_dora: bool = False,
         gate: bool = False,
         train: Collection[str] = PARTS,
@@ -83,6 +88,8 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
                 bad(op, argument, "an integer >= 1", repr(value))
         if mask not in ("bits", "seed"):
             bad(op, "mask", "'bits' or 'seed'", repr(mask))
+        if save not in INPUT_SAVES:
+            bad(op, "save", "'bf16', 'fp8' or 'recompute'", repr(save))
         if adapter_dtype is not None and not adapter_dtype.is_floating_point:
             bad(op, "adapter_dtype", "a floating dtype", adapter_dtype, kind=TypeError)
         if base is None:
@@ -100,6 +107,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
             zeros = torch.zeros(out_features, device=base.device, dtype=base.dtype) if bias else None
             self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
         self._init_adapters(mask)
+        self.save = save
         self.add_adapter(
             name,
             r=r,
@@ -214,7 +222,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
             y = self.group.take(self, input)
             if y is not None:
                 return y
-        (y,) = lora_group(input, (self.adapted(input.device),), save_mask=self.mask == "bits")
+        (y,) = lora_group(input, (self.adapted(input.device),), save_mask=self.mask == "bits", save=self.save)
         if factor is None:
             return y
         return scaled(y, factor, self.bias)

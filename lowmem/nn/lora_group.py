@@ -107,7 +107,9 @@ class FusedLoRAGroup:
         ready = [one for one in self.layers if _joins(one, layer)]
         if self._outputs or len(ready) < 2:  # what is computed and not yet asked for is not computed again
             return None
-        outputs = lora_group(x, [one.adapted(x.device) for one in ready], save_mask=layer.mask == "bits")
+        outputs = lora_group(
+            x, [one.adapted(x.device) for one in ready], save_mask=layer.mask == "bits", save=layer.save
+        )
         self._x, self._state = x, state
         self._outputs = {id(one): y for one, y in zip(ready, outputs, strict=True)}
         return self._outputs.pop(id(layer))
@@ -193,6 +195,7 @@ def _joins(one: FusedLoRALinear, caller: FusedLoRALinear) -> bool:
     return (
         one.training == caller.training
         and one.mask == caller.mask
+        and one.save == caller.save
         and one.computes_plain_lora()
         and one.weight.dtype == caller.weight.dtype
         and not (one._forward_pre_hooks or one._backward_pre_hooks or one._backward_hooks)

@@ -1,6 +1,10 @@
 """The public functions of every operator family; ``torch.ops.lowmem.*`` are the operators below them."""
 
 from . import lowrank  # its operators have no public function: optim.ProjAdamW calls them
+from .activation import act, swiglu
+from .activation_fp8 import fp8_linear
+from .activation_loss import linear_cross_entropy
+from .activation_norm import layer_norm, rms_norm
 from .lora import Adapted, lora_group, lora_linear
 from .lora_conv import lora_conv2d
 from .lora_embedding import lora_embedding
@@ -13,9 +17,13 @@ from .sampled import sampled_dw, sampled_linear
 
 __all__ = [
     "Adapted",
+    "act",
+    "fp8_linear",
     "group_decode",
     "group_encode",
     "lattice_linear",
+    "layer_norm",
+    "linear_cross_entropy",
     "lora_conv2d",
     "lora_embedding",
     "lora_group",
@@ -25,6 +33,8 @@ __all__ = [
     "qmatmul",
     "qscale_grad",
     "randlora_linear",
+    "rms_norm",
     "sampled_dw",
     "sampled_linear",
+    "swiglu",
 ]

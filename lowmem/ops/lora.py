@@ -32,6 +32,7 @@ from .._dispatch import define
 from .._dtypes import accumulate_dtype
 from .._errors import bad
 from ..quant.qtensor import QTensor
+from .activation_saved import INPUT_SAVES, Recipe, offered, rebuild
 from .philox import inv_keep, keep_mask, pack_bits, unpack_bits
 
 
@@ -261,9 +262,10 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     def _forward(
-        ctx: Any, x: Tensor, settings: tuple[tuple[Any, ...], ...], save_mask: bool, *tensors: Tensor | None
+        ctx: Any, x: Tensor, settings: tuple[tuple[Any, ...], ...], keep: tuple[Any, ...], *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         ops = torch.ops.lowmem
+        save_mask, save, recipe = keep
         rows = x.reshape(-1, x.shape[-1])
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         saved: list[Tensor | None] = []
@@ -286,17 +288,21 @@ class _LoRALinear(torch.autograd.Function):
             s_kept = s if need_b or need_gate else None
             saved += (base, a, b, gate, s_kept, mask if bits else None, None if bits else seed, *parts)
         # x is saved as it came, so that layers over one input share its storage; W, A, B are parameters, not copies
-        ctx.save_for_backward(x if need_rows else None, *saved)
-        ctx.settings = settings
+        if need_rows and recipe is None and save == "fp8":
+            recipe = Recipe("fp8", (ops.fp8_pack(rows),))
+        kept = (x if need_rows else None,) if recipe is None or not need_rows else recipe.tensors
+        ctx.save_for_backward(*kept, *saved)
+        ctx.settings, ctx.kept, ctx.shape = settings, len(kept), rows.shape
+        ctx.how = (recipe.how, recipe.numbers) if recipe is not None and need_rows else None
         ctx.set_materialize_grads(False)  # an output that nobody used costs nothing
         return tuple(outputs)
 
     @staticmethod
     def _backward(ctx: Any, tensors: tuple[Any, ...], *upstream: Tensor | None) -> Any:
         ops = torch.ops.lowmem
-        x, *saved = tensors
+        (x, *others), saved = tensors[: ctx.kept], tensors[ctx.kept :]
         need_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
-        rows: Any = None if x is None else x.reshape(-1, x.shape[-1])
+        rows: Any = None if x is None or ctx.how is not None else x.reshape(-1, x.shape[-1])
         dx: Any = None
         lead: Any = None
         grads: list[Tensor | None] = []
@@ -331,6 +337,9 @@ class _LoRALinear(torch.autograd.Function):
                 ops.lora_masked_expand_(dx, ds, a, mask, p, seed, child, True)
                 if base is not None:
                     dx.addmm_(dy, base)
+            if (need_a or need_w) and rows is None:  # for the first layer that needs them
+                (how, numbers), (m, k) = ctx.how, ctx.shape
+                rows = rebuild(how, numbers, (x, *others), m, k, dy.dtype)
             if need_a:
                 da = ops.lora_da(ds, rows, mask, p, seed, child).to(a.dtype)
             dw = dy.T @ rows if need_w else None
@@ -415,6 +424,7 @@ def lora_linear(
     seed: Tensor | None = None,
     child: int = 0,
     save_mask: bool = True,
+    save: str = "bf16",
 ) -> Tensor:
     """``y = x base^T + bias + scale * ((drop_p(x) A^T) * gate) B^T`` (LoRA, arXiv 2106.09685; split as LoRAFusion,
     2510.00206).
@@ -434,6 +444,9 @@ def lora_linear(
         child: distinguishes layers that share one seed.
         save_mask: keep ``M * ceil(K/32) * 4`` bytes of bits for backward; False keeps the seed alone and draws them
             again.
+        save: how x is kept for dA: ``"bf16"`` as it came, in any dtype; ``"fp8"`` in FP8 groups, ``M * (K + ceil(K /
+            128))`` bytes, with an error of dA of at most ``|dS|^T |x| / 16``; ``"recompute"`` as it came. In the last
+            two nothing is kept of an x that its producer offers to compute again (activation_saved.py).
 
     Returns ``[..., N]`` in ``x.dtype``. Under ``torch.autocast`` x, base and bias are cast first, as ``F.linear`` does.
     Saved for backward: ``x``, ``S [M, r]`` and the bits or the seed: ``M * (K + r) * itemsize + M * K / 8`` bytes, of
@@ -443,10 +456,12 @@ def lora_linear(
     computed.
     """
     layer = Adapted(base, A, B, scale, bias, gate, p, seed, child)
-    return _run(x, (layer,), save_mask)[0]
+    return _run(x, (layer,), save_mask, save)[0]
 
 
-def lora_group(x: Tensor, layers: Sequence[Adapted], *, save_mask: bool = True) -> tuple[Tensor, ...]:
+def lora_group(
+    x: Tensor, layers: Sequence[Adapted], *, save_mask: bool = True, save: str = "bf16"
+) -> tuple[Tensor, ...]:
     """:func:`lora_linear` of several layers over one ``x`` (q/k/v, gate/up): one output each, the same bits as apart.
 
     ``x`` is cast (under autocast) and saved once, and in backward the layers' ``dx`` are accumulated by the GEMMs into
@@ -457,10 +472,10 @@ def lora_group(x: Tensor, layers: Sequence[Adapted], *, save_mask: bool = True) 
     """
     if not layers:
         bad("lora_group", "layers", "at least one layer", "none")
-    return _run(x, tuple(layers), save_mask)
+    return _run(x, tuple(layers), save_mask, save)
 
 
-def _run(x: Tensor, layers: tuple[Adapted, ...], save_mask: bool) -> tuple[Tensor, ...]:
+def _run(x: Tensor, layers: tuple[Adapted, ...], save_mask: bool, save: str) -> tuple[Tensor, ...]:
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -474,7 +489,7 @@ def _run(x: Tensor, layers: tuple[Adapted, ...], save_mask: bool) -> tuple[Tenso
                 for layer in layers
             )
         with torch.autocast(kind, enabled=False):
-            return _run(x, layers, save_mask)
+            return _run(x, layers, save_mask, save)
     op = "lora_linear" if len(layers) == 1 else "lora_group"
     settings = []
     tensors: list[Tensor | None] = []
@@ -488,4 +503,7 @@ def _run(x: Tensor, layers: tuple[Adapted, ...], save_mask: bool) -> tuple[Tenso
             parts = tuple(rest)
         settings.append((layer.scale, layer.p, layer.child, packed))
         tensors += (base, layer.bias, layer.A, layer.B, layer.gate, layer.seed if layer.p > 0 else None, *parts)
-    return _LoRALinear.apply(x, tuple(settings), save_mask, *tensors)
+    if save not in INPUT_SAVES:
+        bad(op, "save", "'bf16', 'fp8' or 'recompute'", repr(save))
+    keep = (save_mask, save, None if save == "bf16" else offered(x))
+    return _LoRALinear.apply(x, tuple(settings), keep, *tensors)

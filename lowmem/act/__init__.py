@@ -1,0 +1,5 @@
+"""Saved activations, compressed."""
+
+from .compress import compress
+
+__all__ = ["compress"]
