@@ -559,3 +559,24 @@ def test_the_growth_limiter_bounds_growth_and_forgets_a_zero():
     assert moved[3] == 0
     assert moved[1] <= 1.0101 * moved[0] and moved[2] <= 1.0101 * moved[1] and moved[5] <= 1.0101 * moved[4]
     assert moved[4] > 0.1 * moved[0]
+
+
+def test_gradscaler():
+    """An overflow is skipped by the scaler, a scaled step equals the plain one."""
+    torch.manual_seed(0)
+    ours, plain = (nn.Parameter(torch.ones(24, 40)) for _ in range(2))
+    a, b = (ProjAdamW([p], 1e-2, rank=4, seed=1) for p in (ours, plain))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(5):
+        g = torch.randn(24, 40)
+        scaler.scale((ours * g).sum()).backward()
+        if step == 2:
+            ours.grad[0, 0] = float("inf")
+        else:
+            plain.grad = g
+            b.step()
+        scaler.step(a)
+        scaler.update()
+        a.zero_grad()
+    torch.testing.assert_close(ours, plain)
+    assert a.skipped == 0 and int(a.state[ours]["step"]) == 4
