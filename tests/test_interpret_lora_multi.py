@@ -4,7 +4,7 @@ adapter (the same bits where the sums are cut alike), and by the accuracy rule a
 
 import pytest
 import torch
-from test_interpret_lora import DTYPES, close, everywhere, kernels, launch, where  # noqa: F401
+from test_interpret_lora import DTYPES, close, everywhere, launch
 
 from lowmem.nn import route
 from lowmem.ops import lora_multi as family
