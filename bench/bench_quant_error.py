@@ -156,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n\n")[0])
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--budget-method", choices=("absmax", "mse"), default="absmax", help="mse takes minutes")
     parser.add_argument("--csv")
     args = parser.parse_args()
     theirs, rows = peers(), []
@@ -175,8 +176,7 @@ def main() -> None:
             q, a, b = make(w, args.rank, spec, iterations=5 if name == "loftq" else 50)
             extra = {"rank": args.rank, "rank_bits": f"{32 * args.rank / args.size:.3f}"}
             rows.append(row(kind, spec, name, q.bits_per_weight, error(w, dequantize(q) + b @ a)) | extra)
-        for quantizer in ("absmax", "mse"):
-            rows += budgets(kind, args.size, args.rank, quantizer)
+        rows += budgets(kind, args.size, args.rank, args.budget_method)
     for r in rows:
         print("  ".join(f"{r.get(c, '')!s:>8}" for c in COLUMNS[:-1]))
     if args.csv:
