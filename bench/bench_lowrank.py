@@ -16,6 +16,7 @@ The energy that the new basis captures is given as a share of the best possible.
 from __future__ import annotations
 
 import argparse
+import csv as csv_module
 import functools
 import importlib.util
 import sys
@@ -177,7 +178,7 @@ def bench_refresh(out: Results, args: Any, shape: tuple[int, int]) -> list[Targe
     m, n = shape
     old, g = (torch.randn(shape), torch.randn(shape)) if args.quick else captured(shape)
     a = g if m <= n else g.T
-    stale = torch.linalg.svd(old if m <= n else old.T, full_matrices=False)[0][:, :RANK].contiguous()
+    stale = torch.svd_lowrank(old if m <= n else old.T, RANK, niter=6)[0].contiguous()
     best = float((torch.linalg.svdvals(a)[:RANK].double() ** 2).sum())
 
     def share(p: torch.Tensor) -> float:
@@ -218,6 +219,7 @@ def main() -> None:
     )
     parser.add_argument("--capture", action="store_true", help="make the gradients, measure nothing")
     parser.add_argument("--quick", action="store_true", help="a small shape, three rounds: does it run?")
+    parser.add_argument("--shape", help="this one alone, as 4096x4096; the file's rows of other shapes and parts stay")
     parser.add_argument("--csv", type=Path, help="default: bench/results/<device>/lowrank.csv")
     args = parser.parse_args()
     if args.capture:
@@ -225,6 +227,8 @@ def main() -> None:
             captured(shape)
         return
     shapes = [(256, 384)] if args.quick else SHAPES
+    if args.shape:
+        shapes = [shape for shape in SHAPES if f"{shape[0]}x{shape[1]}" == args.shape]
     if args.quick:
         args.rounds = args.svd_rounds = 3
     start = time.time()
@@ -234,13 +238,21 @@ def main() -> None:
     print(f"{out.name}, torch {torch.__version__}, lowmem {lowmem.__version__}, commit {out.commit}")
     out.header()
     csv = args.csv or ROOT / "bench" / "results" / slug(args.device) / "lowrank.csv"
+    before = list(csv_module.DictReader(open(csv))) if args.shape and csv.exists() else []
+
+    def write() -> None:
+        new = {(row["op"], row["shape"], row["dtype"]) for row in out.rows}
+        kept = [row for row in before if (row["op"], row["shape"], row["dtype"]) not in new]
+        Results(out.top, kept + out.rows, commit=out.commit).write(csv)
+
     for shape in shapes:
         if "step" in args.only:
             for dtype in dtypes:
                 targets += bench_step(out, args, shape, dtype)
+                write()
         if "refresh" in args.only:
             targets += bench_refresh(out, args, shape)
-        out.write(csv)
+            write()
     print_targets(targets)
     print(f"wrote {csv} ({len(out.rows)} rows), {time.time() - start:.0f} s")
 
