@@ -15,11 +15,13 @@ from .act import structure
 from .nn.lora import FusedLoRALinear
 from .nn.lora_conv import FusedLoRAConv2d
 from .nn.lora_embedding import FusedLoRAEmbedding
-from .nn.lora_group import FusedLoRAGroup, groups_by_call, groups_by_name
+from .nn.lora_group import FusedLoRAGroup, groups
 from .nn.lora_layer import PARTS, LoRALayer, check_adapter, lora_layers
 from .nn.quant import QuantLinear
+from .nn.sampled import SampledGroup, SampledLinear
 from .quant import QuantSpec
 from .quant.formats import as_spec
+from .sampling import budget_rows
 
 Model = TypeVar("Model", bound=nn.Module)
 KINDS = (nn.Linear, nn.Embedding, nn.Conv2d)  # what an adapter goes on
@@ -155,6 +157,7 @@ def convert(
     train: Collection[str] = PARTS,
     name: str = "default",
     activations: Literal["fp8", "recompute"] | None = None,
+    sample_budget: float | None = None,
     example_inputs: Any = None,
 ) -> Model:
     """Replace layers by :class:`lowmem.nn.FusedLoRALinear`, and where ``target_modules`` names such by
@@ -168,8 +171,8 @@ def convert(
 
     Args:
         model: any ``nn.Module``.
-        r: rank of every adapter; None puts in none (then ``quant`` or ``activations`` is needed; the second alone
-            freezes nothing).
+        r: rank of every adapter; None puts in none (then ``quant``, ``activations`` or ``sample_budget`` is needed; the
+            last two freeze nothing without ``r`` and ``quant``).
         alpha: numerator of the scale ``alpha / r``; None means ``r``, a scale of 1.
         dropout: drop probability of the adapters' input while training.
         target_modules: ``"all-linear"`` (every plain ``nn.Linear`` but the output head), another string as a regular
@@ -186,6 +189,9 @@ def convert(
             parameters with this ``save``, found by structure and by trying what they compute; the new
             :class:`lowmem.nn.FusedLoRALinear` get it too, but for an attention's output projection, whose input
             attention keeps anyway. ``lowmem.report`` names what was left out. Parameters keep their names.
+        sample_budget: share of the rows, in (0, 1], that weight gradients are estimated from without bias (WTA-CRS and
+            better, :mod:`lowmem.sampling`): of A with ``r``, else of the weights themselves, the linear layers becoming
+            :class:`lowmem.nn.SampledLinear`. Layers over one input share their rows.
         example_inputs: arguments for one call of ``model`` (a dict of keywords, a tuple, or a tensor), made here once
             in eval mode without gradients, to see which layers read the same tensor: those are grouped
             (:class:`lowmem.nn.FusedLoRAGroup`). None groups q/k/v and gate/up projections by their usual names.
@@ -198,12 +204,18 @@ def convert(
     """
     if activations not in (None, "fp8", "recompute"):
         bad("convert", "activations", "'fp8', 'recompute' or None", repr(activations))
+    if sample_budget is not None:
+        budget_rows(1, sample_budget)
     if r is None and quant is None:
-        if activations is None:
-            bad("convert", "r", "a rank, or quant=..., or activations=...", None)
-        if not structure.replace(model, activations):
+        if activations is None and sample_budget is None:
+            bad("convert", "r", "a rank, or quant=..., or activations=..., or sample_budget=...", None)
+        if sample_budget is not None:
+            _sample(model, target_modules, sample_budget, example_inputs)
+        if activations is not None and not structure.replace(model, activations):
             bad("convert", "activations", "a model with norms or gated MLPs that can be replaced", "none")
         return model
+    if r is None and sample_budget is not None:
+        bad("convert", "sample_budget", "None without r, since packed weights do not train", sample_budget)
     if r is not None:
         check_adapter("convert", name, r, r if alpha is None else alpha, dropout)
     present = [layer_name for layer_name, _ in lora_layers(model)]
@@ -254,8 +266,10 @@ def convert(
             assert isinstance(module, nn.Linear)
             # attention keeps its output, which is this layer's input, as it came: one copy serves both
             of_attention = activations is not None and _attention_output(model, layer_name)
-            save = "bf16" if activations is None or of_attention else activations
-            made = FusedLoRALinear.from_linear(module, mask=mask, save=save, **adapter)
+            keeps = activations is None or of_attention or sample_budget is not None
+            save = "bf16" if activations is None or keeps else activations
+            options = {"mask": mask, "save": save, "sample_budget": sample_budget}
+            made = FusedLoRALinear.from_linear(module, **options, **adapter)
         layers[id(module)] = made
         others = [other for other, m in model.named_modules() if m is not module and _shares(m, module)]
         if others:
@@ -269,7 +283,20 @@ def convert(
     for qualified, module in targets.items():
         parent, _, child = qualified.rpartition(".")
         setattr(model.get_submodule(parent), child, layers[id(module)])
-    found = groups_by_name(model) if example_inputs is None else groups_by_call(model, example_inputs)
-    for caller, members in found:
+    for caller, members in groups(model, FusedLoRALinear, example_inputs):
         FusedLoRAGroup(members).attach(caller)
     return model
+
+
+def _sample(model: nn.Module, target_modules: str | Collection[str], budget: float, example_inputs: Any) -> None:
+    """Put a SampledLinear in the place of each dense linear layer among the targets."""
+    targets = {n: m for n, m in _targets(model, target_modules).items() if type(m) is nn.Linear}
+    if not targets or any(isinstance(m, SampledLinear) for m in model.modules()):
+        got = "none" if not targets else "a model with SampledLinear layers"
+        bad("convert", "target_modules", "dense linear layers that are not converted", got)
+    made = {id(m): SampledLinear.from_linear(m, budget=budget) for m in targets.values()}
+    for qualified, module in targets.items():
+        parent, _, child = qualified.rpartition(".")
+        setattr(model.get_submodule(parent), child, made[id(module)])
+    for caller, members in groups(model, SampledLinear, example_inputs):
+        SampledGroup(members).attach(caller)

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+import lowmem
 from lowmem import ops, sampling
-from lowmem.nn import SampledGroup, SampledLinear, sampled_rows
+from lowmem.nn import FusedLoRALinear, QuantLinear, SampledGroup, SampledLinear, sampled_rows
 from lowmem.ops import sampled
 from lowmem.testing import assert_close_to_reference, reference_pair, saved_bytes, terms_of
 
@@ -494,3 +495,138 @@ def test_rows_context_checks_and_restores():
     with pytest.raises(RuntimeError, match="inside"), sampled_rows(layer, keys=torch.zeros(1, dtype=torch.int64)):
         raise RuntimeError("inside")
     assert layer.rows is None
+
+
+# ------------------------------------------------------------------------------------------ adapters and whole models
+
+
+def lora(p=0.0, **options):
+    torch.manual_seed(0)
+    layer = FusedLoRALinear(24, 10, r=4, alpha=8, dropout=p, dtype=torch.float64, **options)
+    torch.nn.init.normal_(layer.lora_B["default"])
+    return layer
+
+
+@pytest.mark.parametrize("mask", ["bits", "seed"])
+def test_an_adapters_gradient_from_some_rows(mask, monkeypatch):
+    layer, x = lora(0.2, sample_budget=0.3, mask=mask), torch.randn(50, 24, dtype=torch.float64)
+    up = torch.randn(50, 10, dtype=torch.float64)
+    # all rows, with weights 1: the exact gradient, through the same code
+    every = sampled.Pick(torch.arange(50), torch.ones(50), x)
+    monkeypatch.setattr(type(layer), "pick", lambda self, x: every)
+    torch.manual_seed(3)
+    layer(x).backward(up)
+    got = {name: p.grad for name, p in layer.named_parameters() if p.requires_grad}
+    monkeypatch.undo()
+    plain = lora(0.2, mask=mask)
+    torch.manual_seed(3)
+    plain(x).backward(up)
+    for name, p in plain.named_parameters():
+        if p.requires_grad:
+            torch.testing.assert_close(got[name], p.grad)
+    # 400 draws: the mean of dA is within five standard errors in norm, dB is exact in each
+    exact, draws = plain.lora_A["default"].grad, []
+    layer.dropout["default"] = 0.0
+    plain.dropout["default"] = 0.0
+    plain.zero_grad()
+    plain(x).backward(up)
+    exact = plain.lora_A["default"].grad
+    for _ in range(400):
+        layer.zero_grad()
+        layer(x).backward(up)
+        draws.append(layer.lora_A["default"].grad.clone())
+        torch.testing.assert_close(layer.lora_B["default"].grad, plain.lora_B["default"].grad)
+    draws = torch.stack(draws)
+    assert (draws.mean(0) - exact).norm() < 5 * (draws.var(0).sum() / 400).sqrt()
+    assert float(draws.var(0).sum()) > 0
+
+
+def test_an_adapters_saved_bytes():
+    n, k = 500, 1024
+    x = torch.randn(n, k, dtype=torch.bfloat16, requires_grad=True)
+    layer = FusedLoRALinear(k, 64, r=8, alpha=8, sample_budget=0.3, dtype=torch.bfloat16)
+    assert saved_bytes(lambda: layer(x), exclude=x) == 150 * (2 * k + 12) + n * 8 * 2  # the rows, and S
+    assert layer.eval()(x).shape == (n, 64)
+    assert saved_bytes(lambda: layer(x), exclude=x) == n * 8 * 2  # x itself, and S
+
+
+def test_an_adapter_over_packed_weights_and_one_that_saves_no_rows():
+    layer = FusedLoRALinear.from_linear(
+        QuantLinear.from_linear(torch.nn.Linear(64, 16), "nf4"), r=4, alpha=4, sample_budget=0.5
+    )
+    torch.nn.init.normal_(layer.lora_B["default"])
+    x = torch.randn(20, 64, requires_grad=True)
+    layer(x).sum().backward()
+    assert layer.lora_A["default"].grad.abs().sum() > 0 and x.grad is not None
+    only_b = FusedLoRALinear(64, 16, r=4, alpha=4, sample_budget=0.5, train=("B",))
+    assert only_b.pick(x) is None
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"gate": True}])
+def test_an_adapter_compiles_and_recomputes(options):
+    layer = lora(0.1, sample_budget=0.4, **options)
+    x = torch.randn(3, 20, 24, dtype=torch.float64, requires_grad=True)
+
+    def grads(fn):
+        layer.zero_grad()
+        torch.manual_seed(11)
+        fn(x).square().sum().backward()
+        return [p.grad for p in layer.parameters() if p.requires_grad]
+
+    plain = grads(layer)
+    for other in (
+        torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        lambda x: checkpoint(layer, x, use_reentrant=False),
+        lambda x: checkpoint(layer, x, use_reentrant=True),
+    ):
+        for one, two in zip(plain, grads(other), strict=True):
+            torch.testing.assert_close(one, two)
+
+
+class Small(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (torch.nn.Linear(64, 32) for _ in range(3))
+        self.o_proj = torch.nn.Linear(32, 8)
+
+    def forward(self, x):
+        return self.o_proj(self.q_proj(x) + self.k_proj(x) * self.v_proj(x))
+
+
+@pytest.mark.parametrize("r", [None, 4])
+def test_convert(r):
+    model = Small()
+    weight = model.q_proj.weight
+    before = model.state_dict()
+    lowmem.convert(model, r=r, sample_budget=0.3)
+    kind = SampledLinear if r is None else FusedLoRALinear
+    assert type(model.o_proj) is kind and model.q_proj.weight is weight
+    assert model.q_proj.group is model.k_proj.group is model.v_proj.group
+    x = torch.randn(100, 64, requires_grad=True)
+    # one choice for q, k and v, one for o; beside them a product's two factors, and S
+    rows = 30 * (4 * 64 + 12) + 30 * (4 * 32 + 12)
+    kept = saved_bytes(lambda: model(x), exclude=[x, model])
+    assert kept == rows + 2 * 100 * 32 * 4 + (0 if r is None else 4 * 100 * 4 * 4)
+    model(x).sum().backward()
+    if r is None:
+        assert weight.grad is not None and set(model.state_dict()) == set(before)
+        assert "SampledLinear" in str(lowmem.report(model))
+    else:
+        assert weight.grad is None and model.q_proj.lora_A["default"].grad is not None
+    with pytest.raises(ValueError, match="target_modules|model"):
+        lowmem.convert(model, r=r, sample_budget=0.3)
+
+
+def test_what_does_not_go_together():
+    with pytest.raises(ValueError, match="sample_budget: expected None without r"):
+        lowmem.convert(Small(), quant="nf4", sample_budget=0.3)
+    with pytest.raises(ValueError, match="save: expected 'bf16' with a sample_budget"):
+        FusedLoRALinear(4, 4, r=1, alpha=1, sample_budget=0.5, save="fp8")
+    with pytest.raises(ValueError, match="budget: expected a share"):
+        lowmem.convert(Small(), r=2, sample_budget=2.0)
+    x = torch.randn(6, 4)
+    chosen = sampling.pick(x, 0.5, seed=seed())
+    with pytest.raises(TypeError, match=r"lora_linear: pick.x: expected x's dtype"):
+        ops.lora_linear(x.double(), None, torch.randn(2, 4), torch.randn(3, 2), 1.0, pick=chosen)
+    with pytest.raises(ValueError, match=r"lora_linear: pick.x: expected \[3, 5\]"):
+        ops.lora_linear(torch.randn(6, 5), None, torch.randn(2, 5), torch.randn(3, 2), 1.0, pick=chosen)

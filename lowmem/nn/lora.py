@@ -15,7 +15,9 @@ from ..ops.activation_saved import INPUT_SAVES
 from ..ops.lora import Adapted, lora_group, lora_linear
 from ..ops.lora_multi import multi_lora_linear
 from ..ops.quant import qmatmul
+from ..ops.sampled import Pick
 from ..quant import QTensor, dequantize
+from ..sampling import budget_rows, pick
 from .dora import scaled
 from .lora_layer import PARTS, LoRALayer, check_adapter
 from .quant import QuantLinear
@@ -45,6 +47,8 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         mask: ``"bits"`` keeps one bit an element for backward, ``"seed"`` draws the mask again there.
         save: how the input is kept for dA (:func:`lowmem.ops.lora_linear`); rows routed to many adapters keep it as it
             came.
+        sample_budget: share of the input's rows, in (0, 1], that dA is estimated from without bias while training
+            (:func:`lowmem.sampling.pick`); they are kept instead of the input, and ``save`` stays "bf16". None: all.
         use_dora, gate, train: see :meth:`add_adapter`.
         name: the first adapter's name.
         device, dtype: of a new weight.
@@ -59,6 +63,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
 
     op = "FusedLoRALinear"
     save = "bf16"
+    sample_budget: float | None = None
 
     def __init__(
         self,
@@ -74,6 +79,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
         adapter_dtype: torch.dtype | None = None,
         mask: Literal["bits", "seed"] = "bits",
         save: Literal["bf16", "fp8", "recompute"] = "bf16",
+        sample_budget: float | None = None,
         use_dora: bool = False,
         gate: bool = False,
         train: Collection[str] = PARTS,
@@ -90,6 +96,10 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
             bad(op, "mask", "'bits' or 'seed'", repr(mask))
         if save not in INPUT_SAVES:
             bad(op, "save", "'bf16', 'fp8' or 'recompute'", repr(save))
+        if sample_budget is not None:
+            budget_rows(1, sample_budget)
+            if save != "bf16":
+                bad(op, "save", "'bf16' with a sample_budget", repr(save))
         if adapter_dtype is not None and not adapter_dtype.is_floating_point:
             bad(op, "adapter_dtype", "a floating dtype", adapter_dtype, kind=TypeError)
         if base is None:
@@ -107,7 +117,7 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
             zeros = torch.zeros(out_features, device=base.device, dtype=base.dtype) if bias else None
             self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
         self._init_adapters(mask)
-        self.save = save
+        self.save, self.sample_budget = save, sample_budget
         self.add_adapter(
             name,
             r=r,
@@ -206,6 +216,18 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
             torch.randint(0, 2**62, (1,), device=device) if p > 0 else None,
         )
 
+    def pick(self, x: Tensor) -> Pick | None:
+        """The rows of ``x`` that dA is estimated from in a call now; None: all of them."""
+        budget, n = self.sample_budget, x.numel() // max(x.shape[-1], 1)
+        needed = self.lora_A[self.active_adapter].requires_grad or self.weight.requires_grad
+        if budget is None or not (self.training and torch.is_grad_enabled() and needed) or n == 0:
+            return None
+        if budget_rows(n, budget) == n:
+            return None
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return pick(x, budget, seed=torch.randint(0, 2**62, (1,), device=x.device))
+
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (nn.Linear's name)
         """``[..., in_features]`` to ``[..., out_features]``; see :func:`lowmem.ops.lora_linear`."""
         if self._disabled and self.merged is not None:
@@ -222,7 +244,8 @@ class FusedLoRALinear(LoRALayer, nn.Linear):
             y = self.group.take(self, input)
             if y is not None:
                 return y
-        (y,) = lora_group(input, (self.adapted(input.device),), save_mask=self.mask == "bits", save=self.save)
+        layers = (self.adapted(input.device),)
+        (y,) = lora_group(input, layers, save_mask=self.mask == "bits", save=self.save, pick=self.pick(input))
         if factor is None:
             return y
         return scaled(y, factor, self.bias)

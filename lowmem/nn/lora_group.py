@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .._errors import bad
 from ..ops.lora import lora_group
 from .lora import FusedLoRALinear
-from .lora_layer import lora_layers
 
 
 class FusedLoRAGroup:
@@ -107,9 +106,8 @@ class FusedLoRAGroup:
         ready = [one for one in self.layers if _joins(one, layer)]
         if self._outputs or len(ready) < 2:  # what is computed and not yet asked for is not computed again
             return None
-        outputs = lora_group(
-            x, [one.adapted(x.device) for one in ready], save_mask=layer.mask == "bits", save=layer.save
-        )
+        layers = [one.adapted(x.device) for one in ready]
+        outputs = lora_group(x, layers, save_mask=layer.mask == "bits", save=layer.save, pick=layer.pick(x))
         self._x, self._state = x, state
         self._outputs = {id(one): y for one, y in zip(ready, outputs, strict=True)}
         return self._outputs.pop(id(layer))
@@ -123,7 +121,16 @@ SIBLINGS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 _CROSS = re.compile("cross|enc(oder)?_?(dec(oder)?_?)?att", re.IGNORECASE)  # k and v read another tensor than q there
 
 
-def groups_by_name(model: nn.Module) -> list[tuple[nn.Module, list[FusedLoRALinear]]]:
+Layers = list[tuple[nn.Module, list[Any]]]
+
+
+def groups(model: nn.Module, kind: type[nn.Linear], example_inputs: Any = None) -> Layers:
+    """``(parent, layers)`` for the layers of class ``kind`` that read one tensor: by their usual names, or as one call
+    with ``example_inputs`` shows."""
+    return groups_by_name(model, kind) if example_inputs is None else groups_by_call(model, example_inputs, kind)
+
+
+def groups_by_name(model: nn.Module, kind: type[nn.Linear] = FusedLoRALinear) -> Layers:
     """``(parent, layers)`` for the usual names of layers over one input, except in cross attention."""
     found = []
     for name, parent in model.named_modules():
@@ -131,20 +138,20 @@ def groups_by_name(model: nn.Module) -> list[tuple[nn.Module, list[FusedLoRALine
             continue
         children = dict(parent.named_children())
         for names in SIBLINGS:
-            layers = [children[n] for n in names if isinstance(children.get(n), FusedLoRALinear)]
+            layers = [children[n] for n in names if isinstance(children.get(n), kind)]
             found.append((parent, [one for one in layers if one.in_features == layers[0].in_features]))
     return _groups(found)
 
 
-def groups_by_call(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Module, list[FusedLoRALinear]]]:
+def groups_by_call(model: nn.Module, example_inputs: Any, kind: type[nn.Linear] = FusedLoRALinear) -> Layers:
     """``(parent, layers)`` for layers of one parent that were called once each with the same tensor in one call of
     ``model`` with ``example_inputs`` (a dict of keywords, a tuple, or one argument), in eval mode without gradients."""
-    calls: list[tuple[FusedLoRALinear, Tensor, int]] = []  # the tensors are held: an id must not be used twice
+    calls: list[tuple[Any, Tensor, int]] = []  # the tensors are held: an id must not be used twice
 
     def record(layer: Any, inputs: tuple[Tensor, ...]) -> None:
         calls.append((layer, inputs[0], inputs[0]._version))
 
-    layers = {child for _, child in lora_layers(model) if isinstance(child, FusedLoRALinear)}
+    layers = {child for child in model.modules() if isinstance(child, kind)}
     hooks = [layer.register_forward_pre_hook(record) for layer in layers]
     modes = {module: module.training for module in model.modules()}
     try:
@@ -160,10 +167,10 @@ def groups_by_call(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Modul
         for module, training in modes.items():
             module.training = training
     times = Counter(id(layer) for layer, _, _ in calls)
-    found: list[tuple[nn.Module, list[FusedLoRALinear]]] = []
+    found: Layers = []
     for parent in model.modules():
         own = {id(child) for child in parent.children()}
-        same: dict[tuple[int, int], list[FusedLoRALinear]] = {}
+        same: dict[tuple[int, int], list[Any]] = {}
         for layer, x, version in calls:
             if id(layer) in own and times[id(layer)] == 1:
                 same.setdefault((id(x), version), []).append(layer)
@@ -171,7 +178,7 @@ def groups_by_call(model: nn.Module, example_inputs: Any) -> list[tuple[nn.Modul
     return _groups(found)
 
 
-def _groups(found: list[tuple[nn.Module, list[FusedLoRALinear]]]) -> list[tuple[nn.Module, list[FusedLoRALinear]]]:
+def _groups(found: Layers) -> Layers:
     # a layer in two places belongs to no group, and one layer is none
     times = Counter(id(layer) for _, layers in found for layer in layers)
     kept = [(parent, [one for one in layers if times[id(one)] == 1]) for parent, layers in found]
@@ -196,6 +203,7 @@ def _joins(one: FusedLoRALinear, caller: FusedLoRALinear) -> bool:
         one.training == caller.training
         and one.mask == caller.mask
         and one.save == caller.save
+        and one.sample_budget == caller.sample_budget
         and one.computes_plain_lora()
         and one.weight.dtype == caller.weight.dtype
         and not (one._forward_pre_hooks or one._backward_pre_hooks or one._backward_hooks)

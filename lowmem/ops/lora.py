@@ -34,6 +34,7 @@ from .._errors import bad
 from ..quant.qtensor import QTensor
 from .activation_saved import INPUT_SAVES, Recipe, offered, rebuild
 from .philox import inv_keep, keep_mask, pack_bits, unpack_bits
+from .sampled import Pick, check_pick
 
 
 def _mask_words(x: Tensor, p: float, save_mask: bool) -> tuple[int, ...]:
@@ -274,7 +275,8 @@ class _LoRALinear(torch.autograd.Function):
         for i, (scale, p, child, packed) in enumerate(settings):
             base, bias, a, b, gate, seed, *parts = tensors[TENSORS * i : TENSORS * (i + 1)]
             need_w, _, need_a, need_b, need_gate = needs[TENSORS * i : TENSORS * i + 5]
-            bits = save_mask and p > 0 and (need_x or need_a)
+            sampled = recipe is not None and recipe.how == "sampled"
+            bits = (save_mask or sampled) and p > 0 and (need_x or need_a)
             s, mask = ops.lora_shrink(rows, a, scale, p, seed, child, bits)
             gated = s if gate is None else s * gate.to(s.dtype)
             if packed is None:
@@ -337,6 +339,11 @@ class _LoRALinear(torch.autograd.Function):
                 ops.lora_masked_expand_(dx, ds, a, mask, p, seed, child, True)
                 if base is not None:
                     dx.addmm_(dy, base)
+            if (need_a or need_w) and ctx.how is not None and ctx.how[0] == "sampled":
+                da, dw = _sampled_grads(ds if need_a else None, dy if need_w else None, (x, *others), mask, p, child)
+                da = None if da is None else da.to(a.dtype)
+                grads += (dw, dy.sum(0) if need_bias else None, da, db, dgate, *[None] * (TENSORS - 5))
+                continue
             if (need_a or need_w) and rows is None:  # for the first layer that needs them
                 (how, numbers), (m, k) = ctx.how, ctx.shape
                 rows = rebuild(how, numbers, (x, *others), m, k, dy.dtype)
@@ -345,6 +352,19 @@ class _LoRALinear(torch.autograd.Function):
             dw = dy.T @ rows if need_w else None
             grads += (dw, dy.sum(0) if need_bias else None, da, db, dgate, *[None] * (TENSORS - 5))
         return None if dx is None else dx.view(*lead, dx.shape[1]), None, None, *grads
+
+
+def _sampled_grads(
+    ds: Tensor | None, dy: Tensor | None, pick: tuple[Any, ...], mask: Tensor | None, p: float, child: int
+) -> tuple[Tensor | None, Tensor | None]:
+    """``(dA, dW)`` from the rows of a pick, each None where its upstream gradient is."""
+    ops = torch.ops.lowmem
+    taken, rows, scale = pick
+    da = None
+    if ds is not None:
+        bits = None if mask is None else mask.index_select(0, rows)
+        da = ops.lora_da(ops.sampled_gather(ds, rows, scale), taken, bits, p, None, child)
+    return da, None if dy is None else ops.sampled_dw(dy, taken, rows, scale)
 
 
 class Adapted(NamedTuple):
@@ -425,6 +445,7 @@ def lora_linear(
     child: int = 0,
     save_mask: bool = True,
     save: str = "bf16",
+    pick: Pick | None = None,
 ) -> Tensor:
     """``y = x base^T + bias + scale * ((drop_p(x) A^T) * gate) B^T`` (LoRA, arXiv 2106.09685; split as LoRAFusion,
     2510.00206).
@@ -447,6 +468,8 @@ def lora_linear(
         save: how x is kept for dA: ``"bf16"`` as it came, in any dtype; ``"fp8"`` in FP8 groups, ``M * (K + ceil(K /
             128))`` bytes, with an error of dA of at most ``|dS|^T |x| / 16``; ``"recompute"`` as it came. In the last
             two nothing is kept of an x that its producer offers to compute again (activation_saved.py).
+        pick: rows of x from :func:`lowmem.sampling.pick`, of which dA (and dW) is then an unbiased estimate; they are
+            kept instead of x, ``k (K itemsize + 12)`` bytes, and masks as bits.
 
     Returns ``[..., N]`` in ``x.dtype``. Under ``torch.autocast`` x, base and bias are cast first, as ``F.linear`` does.
     Saved for backward: ``x``, ``S [M, r]`` and the bits or the seed: ``M * (K + r) * itemsize + M * K / 8`` bytes, of
@@ -456,11 +479,11 @@ def lora_linear(
     computed.
     """
     layer = Adapted(base, A, B, scale, bias, gate, p, seed, child)
-    return _run(x, (layer,), save_mask, save)[0]
+    return _run(x, (layer,), save_mask, save, pick)[0]
 
 
 def lora_group(
-    x: Tensor, layers: Sequence[Adapted], *, save_mask: bool = True, save: str = "bf16"
+    x: Tensor, layers: Sequence[Adapted], *, save_mask: bool = True, save: str = "bf16", pick: Pick | None = None
 ) -> tuple[Tensor, ...]:
     """:func:`lora_linear` of several layers over one ``x`` (q/k/v, gate/up): one output each, the same bits as apart.
 
@@ -472,10 +495,10 @@ def lora_group(
     """
     if not layers:
         bad("lora_group", "layers", "at least one layer", "none")
-    return _run(x, tuple(layers), save_mask, save)
+    return _run(x, tuple(layers), save_mask, save, pick)
 
 
-def _run(x: Tensor, layers: tuple[Adapted, ...], save_mask: bool, save: str) -> tuple[Tensor, ...]:
+def _run(x: Tensor, layers: tuple[Adapted, ...], save_mask: bool, save: str, pick: Pick | None) -> tuple[Tensor, ...]:
     kind = x.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
@@ -489,7 +512,7 @@ def _run(x: Tensor, layers: tuple[Adapted, ...], save_mask: bool, save: str) -> 
                 for layer in layers
             )
         with torch.autocast(kind, enabled=False):
-            return _run(x, layers, save_mask, save)
+            return _run(x, layers, save_mask, save, pick)
     op = "lora_linear" if len(layers) == 1 else "lora_group"
     settings = []
     tensors: list[Tensor | None] = []
@@ -505,5 +528,9 @@ def _run(x: Tensor, layers: tuple[Adapted, ...], save_mask: bool, save: str) -> 
         tensors += (base, layer.bias, layer.A, layer.B, layer.gate, layer.seed if layer.p > 0 else None, *parts)
     if save not in INPUT_SAVES:
         bad(op, "save", "'bf16', 'fp8' or 'recompute'", repr(save))
-    keep = (save_mask, save, None if save == "bf16" else offered(x))
+    recipe = None if save == "bf16" else offered(x)
+    if pick is not None:
+        check_pick(op, x, pick)
+        recipe = Recipe("sampled", (pick.x, pick.rows, pick.scale))
+    keep = (save_mask, save, recipe)
     return _LoRALinear.apply(x, tuple(settings), keep, *tensors)

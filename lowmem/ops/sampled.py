@@ -265,6 +265,15 @@ class Pick(NamedTuple):
     x: Tensor
 
 
+def check_pick(op: str, x: Tensor, pick: Pick) -> None:
+    """Raise unless ``pick`` may be one of ``x [..., K]``."""
+    if pick.x.dtype != x.dtype or pick.x.device != x.device:
+        want = f"x's dtype and device ({x.dtype}, {x.device})"
+        bad(op, "pick.x", want, f"{pick.x.dtype}, {pick.x.device}", kind=TypeError)
+    if pick.x.shape != (pick.rows.shape[0], x.shape[-1]):
+        bad(op, "pick.x", f"[{pick.rows.shape[0]}, {x.shape[-1]}]", tuple(pick.x.shape))
+
+
 class _SampledLinear(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -313,9 +322,8 @@ def sampled_linear(
         bad(op, "x", "a floating tensor [..., K]", f"shape {tuple(x.shape)} in {x.dtype}")
     if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
         bad(op, "weight", f"[N, {x.shape[-1]}]", tuple(weight.shape))
-    for name, value in (("weight", weight), ("bias", bias), ("pick.x", pick.x)):
+    for name, value in (("weight", weight), ("bias", bias)):
         if value is not None and (value.dtype != x.dtype or value.device != x.device):
             bad(op, name, same, f"{value.dtype}, {value.device}", kind=TypeError)
-    if pick.x.shape != (pick.rows.shape[0], x.shape[-1]):
-        bad(op, "pick.x", f"[{pick.rows.shape[0]}, {x.shape[-1]}]", tuple(pick.x.shape))
+    check_pick(op, x, pick)
     return _SampledLinear.apply(x, weight, bias, pick.rows, pick.scale, pick.x, tell)
