@@ -17,14 +17,16 @@ constexpr int kCodecs = 9;
 constexpr const char* kCodecNames[kCodecs] = {"fp32",    "e4m3", "e4m3+exp", "e5m2", "de8",
                                               "de8+exp", "log8", "int8",     "int4"};
 
-constexpr bool with_span(Codec c) { return c == Codec::kE4M3Exp || c == Codec::kDe8Exp || c == Codec::kLog8; }
-constexpr bool is_tree(Codec c) { return c == Codec::kDe8 || c == Codec::kDe8Exp; }
-constexpr bool is_expanded(Codec c) { return c == Codec::kE4M3Exp || c == Codec::kDe8Exp; }
-constexpr int code_bits(Codec c) { return c == Codec::kInt4 ? 4 : 8; }
-constexpr Codec base_of(Codec c) { return c == Codec::kE4M3Exp ? Codec::kE4M3 : c == Codec::kDe8Exp ? Codec::kDe8 : c; }
+LM_HD constexpr bool with_span(Codec c) { return c == Codec::kE4M3Exp || c == Codec::kDe8Exp || c == Codec::kLog8; }
+LM_HD constexpr bool is_tree(Codec c) { return c == Codec::kDe8 || c == Codec::kDe8Exp; }
+LM_HD constexpr bool is_expanded(Codec c) { return c == Codec::kE4M3Exp || c == Codec::kDe8Exp; }
+LM_HD constexpr int code_bits(Codec c) { return c == Codec::kInt4 ? 4 : 8; }
+LM_HD constexpr Codec base_of(Codec c) {
+  return c == Codec::kE4M3Exp ? Codec::kE4M3 : c == Codec::kDe8Exp ? Codec::kDe8 : c;
+}
 
 // What a group's largest magnitude is scaled to before it is rounded.
-constexpr float top_of(Codec c, bool is_signed) {
+LM_HD constexpr float top_of(Codec c, bool is_signed) {
   return c == Codec::kE4M3 || c == Codec::kE4M3Exp ? 448.f
          : c == Codec::kE5M2                       ? 57344.f
          : c == Codec::kInt8                       ? (is_signed ? 127.f : 255.f)
@@ -32,10 +34,10 @@ constexpr float top_of(Codec c, bool is_signed) {
                                                    : 1.f;
 }
 
-constexpr int levels_of(bool is_signed) { return is_signed ? 127 : 255; }  // of log8
-constexpr int log8_widest(bool is_signed) { return is_signed ? 48 : 240; }
+LM_HD constexpr int levels_of(bool is_signed) { return is_signed ? 127 : 255; }  // of log8
+LM_HD constexpr int log8_widest(bool is_signed) { return is_signed ? 48 : 240; }
 // 16 D, rounded to fp32
-constexpr float expansion_of(Codec c, bool is_signed) {
+LM_HD constexpr float expansion_of(Codec c, bool is_signed) {
   return static_cast<float>(16.0 * (c == Codec::kE4M3Exp ? 16.6147098541 : is_signed ? 20.7838853169 : 24.1109123212));
 }
 

@@ -22,6 +22,9 @@
 
 #include <cuda_runtime.h>
 
+// A kernel's argument that is indexed at run time: stays where the launch put it.
+#define LM_GRID_CONSTANT __grid_constant__
+
 // LM_SHARED(float, tile, [32][33]); one static shared array.
 #define LM_SHARED(type, name, dims) __shared__ __align__(16) type name dims
 

@@ -21,6 +21,8 @@ Every operation is one IEEE operation in a fixed order, so each backend gives th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -50,19 +52,6 @@ def decode_fake(
 ) -> Tensor:
     """Shape of ``lowmem::group_decode``."""
     return scale.new_empty(numel)
-
-
-def _encode_cuda(x: Tensor, codec: str, group_size: int, signed: bool) -> tuple[Tensor, Tensor, Tensor]:
-    # CUDA C++ where it was built; there is no Triton kernel, so else plain torch
-    run = torch.ops.lowmem_c.group_encode if CUDA.loaded else encode_reference
-    return run(x, codec, group_size, signed)
-
-
-def _decode_cuda(
-    codes: Tensor, scale: Tensor, span: Tensor, numel: int, codec: str, group_size: int, signed: bool
-) -> Tensor:
-    run = torch.ops.lowmem_c.group_decode if CUDA.loaded else decode_reference
-    return run(codes, scale, span, numel, codec, group_size, signed)
 
 
 define("group_encode", ENCODE, fake=encode_fake, reference=encode_reference, cpp=("cpu",))
@@ -291,6 +280,11 @@ def adamw_reference(
             put(p, dither_reference(new, seeds[i], offsets[i], steps[i]))
 
 
-define("lowbit_adamw_", ADAMW, fake=adamw_fake, reference=adamw_reference, cpp=("cpu",))
+def _adamw_cuda(*args: Any) -> None:
+    # CUDA C++ where it was built; there is no Triton kernel, so else plain torch
+    (torch.ops.lowmem_c.lowbit_adamw_ if CUDA.loaded else adamw_reference)(*args)
+
+
+define("lowbit_adamw_", ADAMW, fake=adamw_fake, reference=adamw_reference, cpp=("cpu", "cuda"), cuda=_adamw_cuda)
 
 __all__ = ["codecs", "group_decode", "group_encode"]

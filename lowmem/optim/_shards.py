@@ -60,7 +60,7 @@ def shard_of(p: Tensor, group_size: int) -> Shard:
     if any(dim != 0 for dim in sharded):
         size = 0  # cut inside slices: the moments stay fp32
     _, first = compute_local_shape_and_global_offset(d.shape, d.device_mesh, d.placements)
-    offset = (first[0] * row if first else 0) + 7 & ~7
+    offset = first[0] * row if first else 0
     key = (d.device_mesh, tuple(map(str, d.placements)))
     return Shard(size if size >= 16 else 0, offset, key, d.device_mesh)
 

@@ -9,6 +9,7 @@
 #include "cuda_shim.h"
 
 // A place in the block's arena instead of a static variable, which would keep the last block's values.
+#define LM_GRID_CONSTANT
 #define LM_SHARED(type, name, dims) \
   using name##_array = type dims;   \
   static const char name##_key = 0; \
