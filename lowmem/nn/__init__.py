@@ -8,6 +8,7 @@ from .lora_group import FusedLoRAGroup
 from .lora_layer import LoRALayer, disabled, lora_layers, set_adapter
 from .lora_multi import MultiLoRALinear, route, routed, train_adapters
 from .lrqat import LRQATLinear
+from .projected import ProjectedLinear
 from .quant import QuantLinear
 from .randlora import RandLoRALinear
 from .sampled import SampledGroup, SampledLinear, sampled_rows
@@ -25,6 +26,7 @@ __all__ = [
     "LayerNorm",
     "LoRALayer",
     "MultiLoRALinear",
+    "ProjectedLinear",
     "QuantLinear",
     "RMSNorm",
     "RandLoRALinear",

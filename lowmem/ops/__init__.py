@@ -1,6 +1,7 @@
 """The public functions of every operator family; ``torch.ops.lowmem.*`` are the operators below them."""
 
-from . import lowrank  # its operators have no public function: optim.ProjAdamW calls them
+# no public functions: optim.ProjAdamW and nn.ProjectedLinear call them
+from . import lowrank, projected
 from .activation import act, swiglu
 from .activation_fp8 import fp8_linear
 from .activation_loss import linear_cross_entropy
@@ -30,6 +31,7 @@ __all__ = [
     "lora_linear",
     "lowrank",
     "multi_lora_linear",
+    "projected",
     "qmatmul",
     "qscale_grad",
     "randlora_linear",

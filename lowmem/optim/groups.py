@@ -9,6 +9,7 @@ from torch import nn
 
 from .._errors import bad
 from ..convert import _targets
+from ..nn.projected import ProjectedLinear
 
 
 def lowrank_groups(
@@ -17,9 +18,11 @@ def lowrank_groups(
     """Two parameter groups for :class:`ProjAdamW`: the weights of the linear layers that ``target_modules`` names
     (PEFT's rules; ``"all-linear"`` leaves the output head out), with ``options``, and every other trainable parameter
     (embeddings, norms, biases, the head) with ``project=False``, for AdamW. Parameters come with their names, which
-    ``report()`` shows. Raises ValueError where no target trains."""
+    ``report()`` shows. After :func:`project_` its layers' ``lowrank_grad`` are in the first group. Raises
+    ValueError where no target trains."""
     op = "optim.lowrank_groups"
     targets = {id(module.weight) for module in _targets(model, target_modules).values() if module.weight.requires_grad}
+    targets |= {id(layer.lowrank_grad) for layer in model.modules() if isinstance(layer, ProjectedLinear)}
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     projected = [(name, p) for name, p in named if id(p) in targets]
     if not projected:

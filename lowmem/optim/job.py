@@ -34,6 +34,14 @@ class Job:
     r: Any = None
     due: bool = False
     lengths: Any = None
+    rows: slice | None = None
+    """The rows of the matrix that ``weight`` holds, where it is one process's shard; G and R are always whole."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """The whole matrix's."""
+        m, n = self.state["shape"].tolist()
+        return m, n
 
     def fusable(self) -> bool:
         """Whether projection and Adam may be one operator: nothing looks at R between the two."""
@@ -95,7 +103,7 @@ class Job:
         state["norm"] = torch.tensor(max(held, 1e-30) if total > 0 else 0.0)
 
     def _moment_shape(self, basis: Tensor) -> tuple[int, int]:
-        m, n = self.weight.shape
+        m, n = self.shape
         return (subspace.rank_of(basis), n) if self.left else (m, subspace.rank_of(basis))
 
     def _move_moments(self, old: Tensor | None, basis: Tensor) -> None:
@@ -184,6 +192,8 @@ class Job:
         group, w, g, left = self.group, self.weight, self.dense, self.left
         alpha, beta, kind = lr * group["scale"], lr * group["residual_scale"], group["residual"]
         index = basis.dtype == torch.int64
+        if self.rows is not None:
+            basis, n, seed = self._shard(basis, n, seed)
         if kind == "none":
             if index:
                 subspace.update_coordinates(w, basis, n, None, None, left, alpha, 0.0, decay, seed)
@@ -209,6 +219,17 @@ class Job:
         # alpha P N + f (G - P R) = P (alpha N - f R) + f G: the rest of the gradient is never formed
         inner = n.to(f.dtype) * alpha - self.r.to(f.dtype) * (f.view(1, -1) if left else f.view(-1, 1))
         _OPS.lowrank_update_scaled_(w, g, basis, inner, f, left, 1.0, decay, seed)
+
+    def _shard(self, basis: Tensor, n: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What moves this process's rows; a stream of its own for their rounding."""
+        assert self.rows is not None
+        seed = None if seed is None else seed + (self.rows.start << 20)
+        if not self.left:
+            return basis, n[self.rows], seed
+        if basis.dtype != torch.int64:
+            return basis[self.rows], n, seed
+        here = (basis >= self.rows.start) & (basis < self.rows.stop)
+        return basis[here] - self.rows.start, n[here], seed
 
     def _factor(self, n: Tensor) -> Tensor:
         """phi [long] = |N_j| / (|R_j| + 1e-8), or the one ratio of the whole for all."""

@@ -13,7 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.adamw import adamw
 
 from .._errors import bad
-from . import subspace
+from ..nn.projected import ProjectedLinear
+from . import projected, subspace
 from .codec import find_codec
 from .job import Job
 from .policy import OP, STRUCTURE, FisherWindow, OnConverged, OnSimilar, check_group
@@ -111,6 +112,7 @@ class ProjAdamW(Optimizer):
         # one draw from torch's generator, so that manual_seed fixes every basis
         self._seed = int(torch.randint(0, 2**62, (1,))) if seed is None else int(seed)
         self._skipped = 0
+        self._layers: dict[int, ProjectedLinear] = {}  # of the parameters that stand for a projected layer's weight
         super().__init__(params, defaults)
 
     # --------------------------------------------------------------------------------------------------------- groups
@@ -127,11 +129,12 @@ class ProjAdamW(Optimizer):
             find_codec("basis", merged["basis"])
         param_group = {**param_group, "refresh": merged["refresh"], "precond": merged["precond"]}
         super().add_param_group(param_group)
+        projected.attach(self, self.param_groups[-1])
         self._warn_clamped(self.param_groups[-1])
 
     def _warn_clamped(self, group: dict[str, Any]) -> None:
         for p in group["params"]:
-            if self._projects(p, group) and group["energy"] is None:
+            if self._projects(p, group) and group["energy"] is None and id(p) not in self._layers:
                 wanted = subspace.wanted_rank(group, p.shape, subspace.is_left(group["side"], p.shape))
                 if wanted > min(p.shape):
                     warnings.warn(
@@ -140,8 +143,9 @@ class ProjAdamW(Optimizer):
                         stacklevel=4,
                     )
 
-    @staticmethod
-    def _projects(p: Tensor, group: dict[str, Any]) -> bool:
+    def _projects(self, p: Tensor, group: dict[str, Any]) -> bool:
+        if id(p) in self._layers:
+            return True
         return bool(group["project"]) and p.dim() == 2 and min(p.shape) >= group["min_dim"] and p.is_floating_point()
 
     @property
@@ -158,20 +162,36 @@ class ProjAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        jobs, others = self._collect()
+        try:
+            self._update()
+        finally:
+            projected.synchronise(self)
+        return loss
+
+    def _update(self, only: Tensor | None = None) -> None:
+        """The update of every parameter, or of one."""
+        jobs, others = self._collect(only)
         checks = [self._prepare(job) for job in jobs]
-        checks += [torch.linalg.vector_norm(p.grad) for p, _ in others if p.grad is not None]
+        checks += [projected.whole(torch.linalg.vector_norm(p.grad)) for p, _ in others if p.grad is not None]
         skip = any(group["nonfinite"] == "skip" for group in self.param_groups)
         if skip and not _all_finite([check for check in checks if check is not None]):
             self._skipped += 1
-            return loss
+            return
         self._refresh([job for job in jobs if job.due])
         for job in jobs:
             job.advance()
         self._adamw(others)
-        return loss
 
-    def _collect(self) -> tuple[list[Job], list[tuple[Tensor, dict[str, Any]]]]:
+    @torch.no_grad()
+    def step_parameter(self, p: Tensor) -> None:
+        """The update of one parameter from its ``.grad``, as :func:`lowmem.optim.layerwise_` wants it; a gradient that
+        is not finite skips this parameter alone."""
+        try:
+            self._update(p)
+        finally:
+            projected.synchronise(self, p)
+
+    def _collect(self, only: Tensor | None) -> tuple[list[Job], list[tuple[Tensor, dict[str, Any]]]]:
         jobs: list[Job] = []
         others = []
         count = 0
@@ -179,7 +199,7 @@ class ProjAdamW(Optimizer):
             for p in group["params"]:
                 projects = self._projects(p, group)
                 count += projects
-                if p.grad is None:
+                if p.grad is None or (only is not None and p is not only):
                     continue
                 if p.grad.is_sparse:
                     bad(OP, "grad", "a dense gradient", "a sparse one", kind=TypeError, hint="torch.optim.SparseAdam")
@@ -190,26 +210,31 @@ class ProjAdamW(Optimizer):
                 self._check_shapes(job)
                 jobs.append(job)
         for job in jobs:
-            job.due = self._due(job, count)
+            # a projected layer that falls due has gathered G in this backward, or must wait for the next
+            job.due = job.dense is not None if id(job.param) in self._layers else self._due(job, count)
         return jobs, others
 
     def _job(self, p: Tensor, group: dict[str, Any], index: int) -> Job:
-        """What there is to do for ``p``. Projected mode overrides it: another ``weight`` and R instead of G."""
+        """What there is to do for ``p``; for a projected layer with another ``weight``, and R instead of G."""
         state = self.state[p]
+        layer = self._layers.get(id(p))
         if not state:
             state["step"] = torch.tensor(0.0)
             state["since"] = torch.tensor(0.0)  # steps since the basis was found
-            state["shape"] = torch.tensor(p.shape)
+            state["shape"] = torch.tensor(p.shape if layer is None else layer.weight.shape)
             state["place"] = torch.tensor(float(index))  # among the projected matrices, for staggering
             state["seed"] = torch.tensor([(self._seed + index * 0x9E3779B9) % 2**62])
             state["history"] = torch.zeros(0, 3, dtype=torch.float64)  # (step, rank, captured energy) of every refresh
+        if layer is not None:
+            return projected.job(layer, p, group, state)
         return Job(p, p, group, state, subspace.is_left(group["side"], p.shape), dense=p.grad)
 
     def _check_shapes(self, job: Job) -> None:
-        made = tuple(job.state["shape"].tolist())
-        if made != tuple(job.weight.shape):
+        layer = self._layers.get(id(job.param))
+        made, now = job.shape, tuple((job.weight if layer is None else layer.weight).shape)
+        if made != now:
             hint = "del optimizer.state[p] starts it anew"
-            bad(OP, "params", f"the shape that the state was made for, {made}", tuple(job.weight.shape), hint=hint)
+            bad(OP, "params", f"the shape that the state was made for, {made}", now, hint=hint)
 
     def _due(self, job: Job, count: int) -> bool:
         state, rule = job.state, job.group["refresh"]
@@ -255,9 +280,11 @@ class ProjAdamW(Optimizer):
 
     def _find(self, batch: list[Job]) -> list[Tensor]:
         job = batch[0]
-        group, left, shape = job.group, job.left, job.weight.shape
+        group, left, shape = job.group, job.left, job.shape
         short = shape[0] if left else shape[1]
         rank = min(subspace.wanted_rank(group, shape, left), *shape)
+        if id(job.param) in self._layers:
+            rank = min(rank, self._layers[id(job.param)].projection.width)
         seeds = [each.draw() for each in batch]
         projector = group["projector"]
         if projector == "randk":
@@ -284,12 +311,21 @@ class ProjAdamW(Optimizer):
         return list(bases)
 
     def basis_changed(self, job: Job) -> None:
-        """Called after ``job``'s basis was renewed (``job.basis()``), for those who keep a copy of it elsewhere."""
+        """Called after ``job``'s basis was renewed: a projected layer's forward and backward use it from here on."""
+        if id(job.param) in self._layers:
+            projected.renewed(self._layers[id(job.param)], job)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; the gradients that projected layers gather for a refresh are dropped too."""
+        super().zero_grad(set_to_none)
+        for layer in self._layers.values():
+            layer.projection.dense = None
 
     # ----------------------------------------------------------------------------------------------------- the others
 
     def _adamw(self, others: list[tuple[Tensor, dict[str, Any]]]) -> None:
         """torch's own AdamW for parameters without a subspace."""
+        local = projected.local
         by_group: dict[int, list[Tensor]] = {}
         groups = {id(group): group for _, group in others}
         for p, group in others:
@@ -304,10 +340,10 @@ class ProjAdamW(Optimizer):
             states = [self.state[p] for p in params]
             on_cpu = all(p.device.type == "cpu" for p in params)
             adamw(
-                params,
-                [p.grad for p in params if p.grad is not None],
-                [s["exp_avg"] for s in states],
-                [s["exp_avg_sq"] for s in states],
+                [local(p) for p in params],
+                [local(p.grad) for p in params if p.grad is not None],
+                [local(s["exp_avg"]) for s in states],
+                [local(s["exp_avg_sq"]) for s in states],
                 [],
                 [s["step"] for s in states],
                 foreach=None if on_cpu else True,
@@ -337,11 +373,13 @@ class ProjAdamW(Optimizer):
                     continue
                 history = [(int(t), int(r), float(e)) for t, r, e in state["history"].tolist()]
                 shape = tuple(state["shape"].tolist())
+                layer = self._layers.get(id(p))
+                left = subspace.is_left(group["side"], shape) if layer is None else layer.projection.left
                 rows.append(
                     {
                         "name": name,
                         "shape": shape,
-                        "side": "left" if subspace.is_left(group["side"], shape) else "right",
+                        "side": "left" if left else "right",
                         "rank": history[-1][1],
                         "captured": history[-1][2],
                         "refreshes": len(history),
@@ -381,6 +419,7 @@ class ProjAdamW(Optimizer):
                     where = torch.device("cpu") if on_host else held.device
                     self.state[p][name] = value.detach().to(where, copy=True)
         self._skipped = skipped
+        projected.synchronise(self)
 
 
 _HOST = frozenset(("step", "since", "updates", "shape", "place", "seed", "history", "norm", "last", "gap", "similar"))
