@@ -17,6 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import common
 import torch
 import torch.nn.functional as F
 from common import ROOT, Call, Results, Target, ceilings, paired, print_targets, slug, speedup
@@ -109,6 +110,7 @@ def bench_products(out: Results, args: argparse.Namespace, n: int, k: int, rows:
                     flops=passes * 2 * m * n * k, torch_times=times["dense"] if name != "dense" else None,
                     peer_times=times[best] if best and spec else None,
                 )  # fmt: skip
+            out.write(args.csv)  # as it goes: what is measured should not be lost
             mine = times["lowmem nf4"]
             if m == 512 or m <= 16:
                 limit = 1.10 if m == 512 else 1.0
@@ -160,6 +162,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="paired rounds")
     parser.add_argument("--shapes", default="4096,4096;4096,14336", help="N,K of the weights, separated by semicolons")
     parser.add_argument("--rows", default="1,16,512,2048", help="rows of x")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="one thread, by its processor time: for a shared machine"
+    )
     parser.add_argument("--quick", action="store_true", help="one small shape, three rounds: does it run?")
     parser.add_argument("--csv", type=Path, help="default: bench/results/<device>/quant.csv")
     args = parser.parse_args()
@@ -167,20 +172,22 @@ def main() -> None:
     rows = [int(m) for m in args.rows.split(",")]
     if args.quick:
         shapes, rows, args.rounds = [(128, 256)], [1, 40], 3
+    if args.cpu_time:
+        torch.set_num_threads(1)
+        common.CLOCK = time.process_time
     start = time.time()
     torch.manual_seed(0)
     out = Results(ceilings("cpu", [BF16, torch.float32], quick=True))
     print(f"{out.name}, torch {torch.__version__}, lowmem {lowmem.__version__}, commit {out.commit}")
     out.header()
     targets = []
-    csv = args.csv or ROOT / "bench" / "results" / slug("cpu") / "quant.csv"
+    args.csv = args.csv or ROOT / "bench" / "results" / slug("cpu") / "quant.csv"
     for n, k in shapes:
         targets += bench_conversions(out, args, n, k)
-        out.write(csv)
+        out.write(args.csv)
         targets += bench_products(out, args, n, k, rows)
-        out.write(csv)
     print_targets(targets)
-    print(f"wrote {csv} ({len(out.rows)} rows), {time.time() - start:.0f} s")
+    print(f"wrote {args.csv} ({len(out.rows)} rows), {time.time() - start:.0f} s")
 
 
 if __name__ == "__main__":
