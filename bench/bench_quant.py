@@ -162,9 +162,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15, help="paired rounds")
     parser.add_argument("--shapes", default="4096,4096;4096,14336", help="N,K of the weights, separated by semicolons")
     parser.add_argument("--rows", default="1,16,512,2048", help="rows of x")
-    parser.add_argument(
-        "--cpu-time", action="store_true", help="one thread, by its processor time: for a shared machine"
-    )
+    parser.add_argument("--cpu-time", action="store_true", help="one thread, by its processor time")
     parser.add_argument("--quick", action="store_true", help="one small shape, three rounds: does it run?")
     parser.add_argument("--csv", type=Path, help="default: bench/results/<device>/quant.csv")
     args = parser.parse_args()

@@ -103,9 +103,9 @@ inline __m512i scaled(__m512 units, const float* scale, const float* zero) {
   return words_of(_mm512_mul_ps(units, _mm512_set1_ps(*scale)));
 }
 
-// NB rows of W, whose groups end at the same columns, by M rows of x. Every sum has two chains.
+// NB rows of W, `step` apart, whose groups end at the same columns, by M rows of x. Every sum has two chains.
 template <int kBits, int M, int NB, bool kZero>
-void dot16_block(const QuantDot& job, int64_t n, __m512 units) {
+void dot16_block(const QuantDot& job, int64_t n, int64_t step, __m512 units) {
   const QuantView& w = job.w;
   const int64_t k = w.k;
   const int shift = w.spec.per_row() ? 62 : w.spec.log2_group;
@@ -116,7 +116,7 @@ void dot16_block(const QuantDot& job, int64_t n, __m512 units) {
   __m512 acc[NB][M][2];
   const Row<kBits> top(w, job.row0 + n);
   LM_UNROLL for (int b = 0; b < NB; ++b) {
-    const Row<kBits> row(w, job.row0 + n + b);
+    const Row<kBits> row(w, job.row0 + n + b * step);
     run[b] = row.run + row.start * kBits / 8;
     before[b] = row.before + (row.start >> shift);
     LM_UNROLL for (int m = 0; m < M; ++m) acc[b][m][0] = acc[b][m][1] = _mm512_setzero_ps();
@@ -151,7 +151,7 @@ void dot16_block(const QuantDot& job, int64_t n, __m512 units) {
   LM_UNROLL for (int b = 0; b < NB; ++b) {
     LM_UNROLL for (int m = 0; m < M; ++m) {
       if (m < job.rows) {
-        job.y[m * job.ld + n + b] = _mm512_reduce_add_ps(_mm512_add_ps(acc[b][m][0], acc[b][m][1]));
+        job.y[m * job.ld + n + b * step] = _mm512_reduce_add_ps(_mm512_add_ps(acc[b][m][0], acc[b][m][1]));
       }
     }
   }
@@ -165,9 +165,12 @@ void dot16_rows(const QuantDot& job, int64_t n0, int64_t n1) {
   const __m512 units = units_of(job.w);
   int64_t n = n0;
   if (aligned(job.w)) {
-    for (; n + 4 <= n1; n += 4) dot16_block<kBits, M, 4, kZero>(job, n, units);
+    // four streams through memory, each without a gap: a processor that fetches ahead loses a stream that jumps
+    const int64_t step = (n1 - n0) / 4;
+    for (; n < n0 + step; ++n) dot16_block<kBits, M, 4, kZero>(job, n, step, units);
+    n = n0 + 4 * step;
   }
-  for (; n < n1; ++n) dot16_block<kBits, M, 1, kZero>(job, n, units);
+  for (; n < n1; ++n) dot16_block<kBits, M, 1, kZero>(job, n, 0, units);
 }
 
 // More rows of x than accumulators allow at once: a block of W's rows is looked up into the first-level cache, a
@@ -204,18 +207,17 @@ void dot16_tiles(const QuantDot& job, int64_t n0, int64_t n1) {
   alignas(64) float sums[kSmallRows][kRowsOfW][16];
   const __m512 units = units_of(job.w);
   const int64_t k = job.w.k;
-  for (int64_t n = n0; n < n1; n += kRowsOfW) {
-    const int rows = static_cast<int>(smaller(kRowsOfW, n1 - n));
+  const int64_t step = (n1 - n0 + kRowsOfW - 1) / kRowsOfW;  // streams without gaps, as above
+  for (int64_t n = n0; n < n0 + step; ++n) {
     for (int64_t c = 0; c < k; c += kStretch16) {
       const int64_t cols = smaller(kStretch16, k - c);
-      for (int b = 0; b < kRowsOfW; ++b) {  // a missing row repeats the last, and is not written
-        look_up_row<kBits>(job.w, job.row0 + n + (b < rows ? b : rows - 1), c, cols, units, tile + b * kTileLine);
-      }
-      // the next rows' bytes are asked for while these are multiplied, a line at a time
+      // the bytes behind these are asked for while they are multiplied, a line at a time
       const uint8_t* next[kRowsOfW];
       for (int b = 0; b < kRowsOfW; ++b) {
-        const Row<kBits> row(job.w, job.row0 + smaller(n + kRowsOfW + b, n1 - 1));
-        next[b] = row.run + (row.start + c) * kBits / 8;
+        const int64_t at = job.row0 + smaller(n + b * step, n1 - 1);  // a missing row repeats the last
+        look_up_row<kBits>(job.w, at, c, cols, units, tile + b * kTileLine);
+        const Row<kBits> row(job.w, at);
+        next[b] = row.run + (row.start + c + cols) * kBits / 8;
       }
       const int64_t lines = cols * kBits / 8 / 64;
       for (int m = 0; m < job.padded; m += kRowsOfX) {
@@ -243,7 +245,9 @@ void dot16_tiles(const QuantDot& job, int64_t n0, int64_t n1) {
       }
     }
     for (int m = 0; m < job.rows; ++m) {
-      for (int b = 0; b < rows; ++b) job.y[m * job.ld + n + b] = _mm512_reduce_add_ps(_mm512_load_ps(sums[m][b]));
+      for (int b = 0; b < kRowsOfW && n + b * step < n1; ++b) {
+        job.y[m * job.ld + n + b * step] = _mm512_reduce_add_ps(_mm512_load_ps(sums[m][b]));
+      }
     }
   }
 }

@@ -41,7 +41,7 @@ WEIGHT = (
 SMALL_M = 32
 """Rows of bf16 x up to which the CPU multiplies the packed bytes as they lie; a quarter of it for fp32 and fp16."""
 
-PANEL = 512
+PANEL = 1024
 """Rows (forward) or columns (backward) of W that the CPU dequantizes at a time."""
 
 
@@ -491,8 +491,10 @@ def qmatmul(x: Tensor, q: QTensor, *, bias: Maybe = None, expert: int | None = N
 
         _rows_hold_groups(op, q)
         y = _ScaledMatmul.apply(rows, bias, q.spec.code, n, k, row0, q.packed, q.scale, q.zero)
-    else:
+    elif torch.is_grad_enabled():
         y = _QMatmul.apply(rows, bias, q.spec.code, n, k, row0, *q.tensors())
+    else:
+        y = _product(rows, *q.tensors(), q.spec.code, n, k, row0, bias, False)
     return y.view(*x.shape[:-1], n)
 
 
