@@ -18,6 +18,7 @@ Triton launchers are registered for CUDA devices where Triton can be imported.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Iterator
@@ -116,26 +117,28 @@ def define(
     fake: Callable[..., Any],
     reference: Callable[..., Any],
     cpp: tuple[str, ...] = (),
+    cuda_kernels: tuple[str, ...] = (),
     cpu: Callable[..., Any] | None = None,
     cuda: Callable[..., Any] | None = None,
 ) -> None:
     """Define ``lowmem::<name>``.
 
-    ``fake`` gives output shapes, ``reference`` is the plain-torch kernel of every device. ``cpp`` names the libraries
-    whose sources hold an IMPL block for it: ``"cpu"`` (``lowmem/_C``) and ``"cuda"`` (``lowmem/_C_cuda``, which
-    registers ``lowmem_c::<name>`` for a launcher to choose from). ``cpu`` and ``cuda`` are Python kernels for those
-    devices, over other operators or Triton; the first is left out for ``LOWMEM_BACKEND=reference`` and where
-    ``lowmem/_C`` has the kernel, the second where neither Triton nor ``lowmem/_C_cuda`` can serve. The operator has no
-    derivative of its own: differentiating through it raises, instead of torch's silent zero.
+    ``fake`` gives output shapes, ``reference`` is the plain-torch kernel of every device. ``cpp`` names the
+    libraries whose sources hold an IMPL block for it: ``"cpu"`` (``lowmem/_C``) and ``"cuda"`` (``lowmem/_C_cuda``,
+    which registers ``lowmem_c::<name>`` for a launcher to choose from, or one of each name in ``cuda_kernels``).
+    ``cpu`` and ``cuda`` are Python kernels for those devices, over other operators or Triton; the first is left out
+    for ``LOWMEM_BACKEND=reference`` and where ``lowmem/_C`` has the kernel, the second where neither Triton nor
+    ``lowmem/_C_cuda`` can serve. The operator has no derivative of its own: differentiating through it raises,
+    instead of torch's silent zero.
     """
     qual = f"lowmem::{name}"
     torch.library.define(qual, schema)
     torch.library.register_fake(qual)(fake)
     torch.library.register_kernel(qual, "default")(reference)
     operator = Operator(name, schema, cpp)
-    if "cuda" in cpp:
-        torch.library.define(f"lowmem_c::{name}", schema)
-        torch.library.register_fake(f"lowmem_c::{name}")(fake)
+    for kernel in (cuda_kernels or (name,)) if "cuda" in cpp else ():
+        torch.library.define(f"lowmem_c::{kernel}", schema)
+        torch.library.register_fake(f"lowmem_c::{kernel}")(fake)
     if cpu is not None and REQUESTED != "reference" and not ("cpu" in cpp and CPU.loaded):
         torch.library.register_kernel(qual, "cpu")(cpu)
         operator.launchers["cpu"] = cpu.__name__
@@ -152,6 +155,17 @@ def _flat(args: Any) -> Iterator[Any]:
             yield from arg
         else:
             yield arg
+
+
+def triton_launcher(module: str, name: str) -> Callable[..., Any]:
+    """``lowmem.triton_kernels.<module>.<name>`` for :func:`define`'s ``cuda``: Triton is imported at the first call on
+    a CUDA device, never before."""
+
+    def launch(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"lowmem.triton_kernels.{module}"), name)(*args)
+
+    launch.__name__ = f"triton_kernels.{module}.{name}"
+    return launch
 
 
 def _register_no_autograd(name: str) -> None:

@@ -102,15 +102,15 @@ def resource_usage(cubin_path: str | Path) -> dict[str, dict[str, int]]:
     return parse_resource_usage(_run("cuobjdump", "--dump-resource-usage", str(cubin_path)))
 
 
-def sass(cubin_path: str | Path, kernel: str | None = None) -> str:
-    """The machine code of a cubin as text, one ``Function : <mangled name>`` section a kernel; ``kernel`` keeps one."""
-    text = _run("cuobjdump", "-sass", str(cubin_path))
-    if kernel is None:
-        return text
-    for section in re.split(r"(?=^\s*Function : )", text, flags=re.M):
-        if section.split("\n", 1)[0].strip() == f"Function : {kernel}":
-            return section
-    raise KeyError(f"{kernel} is not in {cubin_path}")
+def sass(cubin_path: str | Path) -> str:
+    """The machine code of a cubin as text, one ``Function : <mangled name>`` section a kernel."""
+    return _run("cuobjdump", "-sass", str(cubin_path))
+
+
+def sass_by_kernel(cubin_path: str | Path) -> dict[str, str]:
+    """:func:`sass` by the kernel's mangled name: the tool reads the whole file at each call, so it is called once."""
+    sections = re.split(r"^\s*Function : (\S+)\s*$", sass(cubin_path), flags=re.M)
+    return dict(zip(sections[1::2], sections[2::2], strict=True))
 
 
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.M)

@@ -55,12 +55,13 @@ def compile_cubin(source: Path, arch: str, out: Path, *more: str) -> None:
 def measure(path: Path, names: dict[str, str]) -> dict[str, dict[str, Any]]:
     """Per kernel, by its readable name: resource usage and the counts of its instructions."""
     found = {}
+    code = cubin.sass_by_kernel(path)
     for name, usage in cubin.resource_usage(path).items():
         readable = cubin.demangle(name)
         for long, short in names.items():
             readable = readable.replace(long, short)
         assert readable not in found, f"two kernels are called {readable}"
-        found[readable] = {**usage, "instructions": cubin.instructions(cubin.sass(path, name))}
+        found[readable] = {**usage, "instructions": cubin.instructions(code[name])}
     return found
 
 

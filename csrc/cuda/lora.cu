@@ -1,7 +1,6 @@
 // Family `lora` on CUDA devices: argument checks and launches of lora.cuh's kernels. They register as lowmem_c::<op>;
 // the launchers under lowmem::<op> (triton_kernels/lora.py) choose between them and Triton.
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/macros.h>
@@ -17,49 +16,18 @@
 #include "../common/checks.h"
 #include "../common/philox.h"
 #include "lora.cuh"
+#include "op.h"
 
 namespace {
 
+using lm::any_view;
 using lm::bad;
+using lm::check_device;
+using lm::check_served;
+using lm::current_stream;
+using lm::view;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-constexpr const char* kServed = "float32, float16 or bfloat16";
-
-bool served(ScalarType type) {
-  return type == ScalarType::Float || type == ScalarType::Half || type == ScalarType::BFloat16;
-}
-
-void check_served(const char* op, const char* argument, const Tensor& t) {
-  if (!served(t.scalar_type())) bad(op, argument, kServed, lm::dtype_text(t.scalar_type()));
-}
-
-// On the device of `like`, argument `first`.
-void check_device(const char* op, const char* argument, const Tensor& t, const char* first, const Tensor& like) {
-  if (t.is_cuda() && t.get_device_index() == like.get_device_index()) return;
-  const std::string got =
-      t.is_cuda() ? "device cuda:" + std::to_string(t.get_device_index()) : "another kind of device";
-  bad(op, argument, "device cuda:" + std::to_string(like.get_device_index()) + " (" + first + "'s)", got);
-}
-
-lm::AnyView any_view(const Tensor& t) {
-  const lm::DType type = t.scalar_type() == ScalarType::Float  ? lm::DType::kFloat
-                         : t.scalar_type() == ScalarType::Half ? lm::DType::kHalf
-                                                               : lm::DType::kBFloat16;
-  return lm::make_view(t.const_data_ptr(), type, t.stride(0), t.stride(1));
-}
-
-template <typename T>
-lm::View<const T> view(const Tensor& t) {
-  return lm::make_view(static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1));
-}
-
-// The current stream through the C shim: getCurrentStream's native handle needs torch 2.13.
-cudaStream_t current_stream(const Tensor& t) {
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
-}
 
 // ---------------------------------------------------------------------------------------------------- masked expand
 

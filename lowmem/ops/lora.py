@@ -20,7 +20,6 @@ for fp64), and weight gradients leave in that accumulation dtype. Dropped elemen
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -28,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._dispatch import define
+from .._dispatch import define, triton_launcher
 from .._dtypes import accumulate_dtype
 from .._errors import bad
 from ..quant.qtensor import QTensor
@@ -190,12 +189,7 @@ def da_reference(ds: Tensor, x: Tensor, mask: Tensor | None, p: float, seed: Ten
 
 
 def _launcher(name: str, module: str = "lora") -> Any:
-    # Triton is imported at the first call on a CUDA device, never before
-    def launch(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"lowmem.triton_kernels.{module}"), name)(*args)
-
-    launch.__name__ = f"triton_kernels.{module}.{name}"
-    return launch
+    return triton_launcher(module, name)
 
 
 define("lora_shrink", SHRINK, fake=shrink_fake, reference=shrink_reference, cpp=("cpu",), cuda=_launcher("shrink"))

@@ -15,13 +15,12 @@ Saved for backward: the weight's own tensors, which are no copies; ``x`` only wh
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .._dispatch import CPU, define
+from .._dispatch import CPU, define, triton_launcher
 from .._dtypes import accumulate_dtype
 from .._errors import bad
 from ..memory.workspace import WORKSPACE
@@ -185,32 +184,27 @@ def matmul_reference(
     return y if bias is None else y.add_(bias)
 
 
-def _panels(dequantize: Callable[..., None]) -> Callable[..., Tensor]:
-    """The product for many rows: W through shared scratch, ``PANEL`` rows (or columns, transposed) at a time."""
-
-    def matmul(x: Tensor, *args: Any) -> Tensor:
-        *weight, n, k, row0, bias, transposed = args
-        y = x.new_empty((*x.shape[:-1], k if transposed else n))
-        xs, ys = (x, y) if x.dim() == 3 else (x[None], y[None])
-        size = min(PANEL, k if transposed else n)
-        shape = (n * size,) if transposed else (size * k,)
-        with WORKSPACE.borrow(shape, x.dtype, x.device) as scratch:
-            for expert in range(xs.shape[0]):
-                row = row0 + expert * n
-                for at in range(0, k if transposed else n, size):
-                    if transposed:
-                        cols = min(size, k - at)
-                        w = scratch[: n * cols].view(n, cols)
-                        dequantize(w, *weight, k, row, at)
-                        torch.mm(xs[expert], w, out=ys[expert][:, at : at + cols])
-                    else:
-                        rows = min(size, n - at)
-                        w = scratch[: rows * k].view(rows, k)
-                        dequantize(w, *weight, k, row + at, 0)
-                        torch.mm(xs[expert], w.T, out=ys[expert][:, at : at + rows])
-        return y if bias is None else y.add_(bias)
-
-    return matmul
+def _through_scratch(x: Tensor, args: tuple[Any, ...], panel: int) -> Tensor:
+    """The product through shared scratch: ``panel`` rows of W (or columns, transposed) are dequantized at a time, into
+    one buffer, row-major both ways, and multiplied by the BLAS."""
+    *weight, n, k, row0, bias, transposed = args
+    y = x.new_empty((*x.shape[:-1], k if transposed else n))
+    xs, ys = (x, y) if x.dim() == 3 else (x[None], y[None])
+    long = k if transposed else n
+    size = min(panel, long)
+    with WORKSPACE.borrow((n * size,) if transposed else (size * k,), x.dtype, x.device) as scratch:
+        for expert in range(xs.shape[0]):
+            row = row0 + expert * n
+            for at in range(0, long, max(size, 1)):
+                part = min(size, long - at)
+                out = ys[expert][:, at : at + part]
+                w = scratch[: n * part].view(n, part) if transposed else scratch[: part * k].view(part, k)
+                torch.ops.lowmem.quant_dequantize_(w, *weight, k, *((row, at) if transposed else (row + at, 0)))
+                if bias is not None and x.is_cuda:  # cuBLAS adds it in its epilogue
+                    torch.addmm(bias[at : at + part], xs[expert], w if transposed else w.T, out=out)
+                else:
+                    torch.mm(xs[expert], w if transposed else w.T, out=out)
+    return y if bias is None or x.is_cuda else y.add_(bias)
 
 
 def _few(x: Tensor) -> bool:
@@ -223,7 +217,20 @@ def _matmul_cpu(x: Tensor, *args: Any) -> Tensor:
     """Panels (``PANEL``), or for at most ``SMALL_M`` rows the packed bytes as they lie."""
     if _few(x):
         return torch.ops.lowmem.quant_matmul_small(x, *args)
-    return _panels(torch.ops.lowmem.quant_dequantize_)(x, *args)
+    return _through_scratch(x, args, PANEL)
+
+
+def matmul_scratch(x: Tensor, *args: Any) -> Tensor:
+    """``lowmem::quant_matmul`` for many rows on a GPU: one launch dequantizes the whole W (one expert's) into shared
+    scratch, and one GEMM reads it; panels only where W in x's dtype is beyond the workspace's limit, for each costs a
+    launch and the GEMM's last wave.
+
+    The scratch is :data:`lowmem.memory.WORKSPACE`'s: one buffer for all layers of a device and stream, lent for this
+    call and lent again only on the same stream, whose order keeps its readers and writers apart."""
+    n, k, transposed = args[7], args[8], args[-1]
+    long, other = (k, n) if transposed else (n, k)
+    fits = WORKSPACE.limit // max(other * x.dtype.itemsize, 1)
+    return _through_scratch(x, args, long if fits >= long else max(fits // PANEL * PANEL, PANEL))
 
 
 # --------------------------------------------------------------------------------------------------------- scale grads
@@ -374,7 +381,8 @@ define(
     DEQUANTIZE,
     fake=dequantize_fake,
     reference=dequantize_reference,
-    cpp=("cpu",),
+    cpp=("cpu", "cuda"),
+    cuda=triton_launcher("quant", "dequantize_"),
 )
 define(
     "quant_matmul",
@@ -382,10 +390,26 @@ define(
     fake=matmul_fake,
     reference=matmul_reference,
     cpu=_matmul_cpu,
+    cuda=triton_launcher("quant", "matmul"),
 )
 # the same product without scratch, for the few rows of decoding: a kernel of its own, to be chosen by quant_matmul
-define("quant_matmul_small", MATMUL, fake=matmul_fake, reference=matmul_reference, cpp=("cpu",))
-define("quant_scale_grad", SCALE_GRAD, fake=scale_grad_fake, reference=scale_grad_reference, cpu=_scale_grad_cpu)
+define(
+    "quant_matmul_small",
+    MATMUL,
+    fake=matmul_fake,
+    reference=matmul_reference,
+    cpp=("cpu", "cuda"),
+    cuda_kernels=("quant_gemv", "quant_mma"),
+    cuda=triton_launcher("quant", "matmul_small"),
+)
+define(
+    "quant_scale_grad",
+    SCALE_GRAD,
+    fake=scale_grad_fake,
+    reference=scale_grad_reference,
+    cpu=_scale_grad_cpu,
+    cuda=triton_launcher("quant", "scale_grad"),
+)
 define("quant_quantize", QUANTIZE, fake=quantize_fake, reference=quantize_reference, cpp=("cpu",))
 
 
@@ -459,8 +483,8 @@ def qmatmul(x: Tensor, q: QTensor, *, bias: Maybe = None, expert: int | None = N
         expert: multiply with this one of ``q [E, N, K]`` alone; then ``x`` is ``[..., K]``.
 
     Returns ``[..., N]`` in x's dtype. Under ``torch.autocast`` x and bias are cast, as ``F.linear`` does. Saved for
-    backward: the weight's tensors themselves, no activation (x or y where scales train). Scratch: ``PANEL``
-    rows of W at a time (:func:`lowmem.memory.workspace`).
+    backward: the weight's tensors themselves, no activation (x or y where scales train). Scratch
+    (:func:`lowmem.memory.workspace`): ``PANEL`` rows of W at a time on the CPU, W whole within the limit on a GPU.
 
     Raises ValueError or TypeError ``lowmem.qmatmul: <argument>: expected ..., got ...`` before anything is computed.
     """

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dispatch import define
+from .._dispatch import define, triton_launcher
 from .._dtypes import accumulate_dtype
 from .._errors import bad
 from ..memory.workspace import WORKSPACE
@@ -159,9 +159,21 @@ def _grads(
     return da, db, ds
 
 
-define("quant_lattice_codes", LATTICE, fake=codes_fake, reference=codes_reference)
-define("quant_lattice_matmul", MATMUL, fake=matmul_fake, reference=matmul_reference)
-define("quant_lattice_grad", GRAD, fake=grad_fake, reference=grad_reference, cpu=_grad_panels)
+define(
+    "quant_lattice_codes",
+    LATTICE,
+    fake=codes_fake,
+    reference=codes_reference,
+    cuda=triton_launcher("quant_lattice", "lattice_codes"),
+)
+define(
+    "quant_lattice_matmul",
+    MATMUL,
+    fake=matmul_fake,
+    reference=matmul_reference,
+    cuda=triton_launcher("quant_lattice", "lattice_matmul"),
+)
+define("quant_lattice_grad", GRAD, fake=grad_fake, reference=grad_reference, cpu=_grad_panels, cuda=_grad_panels)
 
 
 class _LatticeMatmul(torch.autograd.Function):

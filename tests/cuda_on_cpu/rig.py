@@ -30,7 +30,8 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 BUILD = ROOT / "build" / "emulator"
 TAGS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16", torch.int32: "i32", torch.int64: "i64"}
-BITS = {4: torch.int32, 2: torch.int16, 8: torch.int64}
+TAGS[torch.uint8] = "u8"
+BITS = {1: torch.uint8, 4: torch.int32, 2: torch.int16, 8: torch.int64}
 ORDERS = (0, 1, 77)  # ascending, descending, shuffled
 
 
@@ -194,6 +195,51 @@ class Rig:
         outs = [_packed(t, place=place) for t in (ds, db)]
         got = self.run(self.module.dy, *args, scale, *outs, multiprocessors=multiprocessors)
         return _tensor(got[0], ds), _tensor(got[1], db)
+
+    def quant_dequantize(
+        self,
+        out: Tensor,
+        weight: tuple[Tensor | None, ...],
+        spec: int,
+        k: int,
+        row0: int,
+        col0: int,
+        *,
+        place: str = "start",
+        strides: tuple[int, int] | None = None,
+    ) -> Tensor:
+        """``quant_dequantize_`` through csrc/cuda/quant.cuh; returns the new ``out``."""
+        args = (_packed(out, strides=strides, place=place), _weight(weight, place), spec, k, row0, col0)
+        return _tensor(self.run(self.module.quant_dequantize, *args)[0], out)
+
+    def quant_small(
+        self,
+        kernel: str,
+        x: Tensor,
+        weight: tuple[Tensor | None, ...],
+        spec: int,
+        n: int,
+        row0: int,
+        bias: Tensor | None,
+        *,
+        place: str = "start",
+        strides: tuple[int, int] | None = None,
+        multiprocessors: int = 2,
+    ) -> Tensor:
+        """``quant_matmul_small``, not transposed, by ``kernel`` "quant_gemv" or "quant_mma" of csrc/cuda/quant.cuh;
+        x ``[M, K]`` or ``[E, M, K]``."""
+        experts = x.shape[0] if x.dim() == 3 else 1
+        rows = x.reshape(-1, x.shape[-1])
+        y = torch.full((rows.shape[0], n), torch.nan, dtype=x.dtype)
+        extra = None if bias is None else _packed(bias.view(1, -1), place=place)
+        args = (_packed(rows, strides=strides, place=place), _weight(weight, place), spec, row0, extra, experts)
+        got = self.run(getattr(self.module, kernel), *args, _packed(y, place=place), multiprocessors=multiprocessors)
+        return _tensor(got[0], y).view(*x.shape[:-1], n)
+
+
+def _weight(tensors: tuple[Tensor | None, ...], place: str) -> tuple[Any, ...]:
+    """A packed weight's six tensors, each flat."""
+    return tuple(None if t is None else _packed(t.reshape(1, -1), place=place) for t in tensors)
 
 
 def _tensor(array: Any, like: Tensor) -> Tensor:
