@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from interpreted import DTYPES, everywhere
 from quant_cases import SPECS, fits, packed
-from test_interpret_lora import DTYPES, everywhere, kernels, where  # noqa: F401 (fixtures)
 
 from lowmem.ops import quant as ops
 from lowmem.quant import QuantSpec
@@ -33,7 +33,7 @@ def check_block(q, out, row0=0, col0=0):
 
 @everywhere
 @every_spec
-def test_dequantize(where, name):  # noqa: F811
+def test_dequantize(where, name):
     spec = SPECS[name]
     for n, k, dtype in ((5, 64, torch.float32), (3, 37, torch.float16), (9, 160, torch.float16)):
         if fits(spec, k):
@@ -44,14 +44,14 @@ def test_dequantize(where, name):  # noqa: F811
 
 @everywhere
 @pytest.mark.parametrize("layout", [name for name in LAYOUTS if name != "expanded"])
-def test_dequantize_layouts(where, layout):  # noqa: F811
+def test_dequantize_layouts(where, layout):
     for name in ("nf4-g16-nested", "int3-g32-zero"):
         q = packed(SPECS[name], 6, 96, device=where)
         check_block(q, LAYOUTS[layout](torch.zeros(4, 96, device=where)), row0=1)
 
 
 @everywhere
-def test_dequantize_empty_and_far(where):  # noqa: F811
+def test_dequantize_empty_and_far(where):
     q = packed(SPECS["nf4"], 8, 64, device=where)
     for shape in ((0, 64), (4, 0)):
         check_block(q, torch.zeros(shape, device=where))
@@ -85,20 +85,20 @@ def check_scale_grad(q, m, dtype, draw=0, dy=None, x=None):
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES)
 @every_spec
-def test_scale_grad(where, name, dtype):  # noqa: F811
+def test_scale_grad(where, name, dtype):
     # 20 rows of W and 192 columns: several tiles both ways, neither whole
     check_scale_grad(packed(SPECS[name], 20, 192, device=where, float_zero=True), 19, dtype)
 
 
 @everywhere
 @pytest.mark.parametrize("name", ["int4-row", "int3-row", "int8-row"])
-def test_scale_grad_of_whole_rows(where, name):  # noqa: F811
+def test_scale_grad_of_whole_rows(where, name):
     for n, k, m in ((1, 1, 1), (3, 37, 5), (17, 200, 40)):
         check_scale_grad(packed(SPECS[name], n, k, device=where), m, torch.float32)
 
 
 @everywhere
-def test_scale_grad_of_wide_groups_experts_and_parts(where):  # noqa: F811
+def test_scale_grad_of_wide_groups_experts_and_parts(where):
     check_scale_grad(packed(QuantSpec("int4", 256, zero_point=True), 5, 512, device=where), 9, torch.float32)
     check_scale_grad(packed(QuantSpec("nf4", 512), 5, 1024, device=where), 9, torch.float32)
     check_scale_grad(packed(SPECS["int4-g32-zero"], 3, 6, 64, device=where), 9, torch.float32)
@@ -108,7 +108,7 @@ def test_scale_grad_of_wide_groups_experts_and_parts(where):  # noqa: F811
 
 @everywhere
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_scale_grad_layouts(where, layout):  # noqa: F811
+def test_scale_grad_layouts(where, layout):
     q = packed(SPECS["int4-g32-zero"], 20, 96, device=where)
     g = torch.Generator().manual_seed(2)
     x, dy = (LAYOUTS[layout](torch.randn(18, c, generator=g).to(where)) for c in (96, 20))
@@ -116,7 +116,7 @@ def test_scale_grad_layouts(where, layout):  # noqa: F811
 
 
 @everywhere
-def test_scale_grad_repeats_and_of_nothing(where):  # noqa: F811
+def test_scale_grad_repeats_and_of_nothing(where):
     q = packed(SPECS["int4-g32-zero"], 6, 64, device=where)
     g = torch.Generator().manual_seed(2)
     x, dy = torch.randn(900, 64, generator=g).to(where), torch.randn(900, 6, generator=g).to(where)
@@ -129,7 +129,7 @@ def test_scale_grad_repeats_and_of_nothing(where):  # noqa: F811
 # ------------------------------------------------------------------------------------------------------------- LR-QAT
 
 
-def lattice_problem(where, n, k, r, bits, groups, phi_dtype, dtype):  # noqa: F811
+def lattice_problem(where, n, k, r, bits, groups, phi_dtype, dtype):
     g = torch.Generator().manual_seed(bits)
     half = 2 ** (bits - 1)
     phi = (torch.rand(n, k, generator=g) * 2 - 1) * half * 1.2
@@ -149,7 +149,7 @@ LATTICES = [
 
 @everywhere
 @pytest.mark.parametrize("case", LATTICES)
-def test_lattice_codes(where, case):  # noqa: F811
+def test_lattice_codes(where, case):
     from lowmem.ops import quant_lattice as lattice
     from lowmem.triton_kernels import quant_lattice as lattice_kernels
 
@@ -168,7 +168,7 @@ def test_lattice_codes(where, case):  # noqa: F811
 
 @everywhere
 @pytest.mark.parametrize("case", LATTICES)
-def test_lattice_matmul_multiplies_with_its_own_codes(where, case):  # noqa: F811
+def test_lattice_matmul_multiplies_with_its_own_codes(where, case):
     from lowmem.triton_kernels import quant_lattice as lattice_kernels
 
     n, k, _, bits, groups, _, dtype = case
@@ -186,7 +186,7 @@ def test_lattice_matmul_multiplies_with_its_own_codes(where, case):  # noqa: F81
 
 
 @everywhere
-def test_lattice_rounds_half_to_even(where):  # noqa: F811
+def test_lattice_rounds_half_to_even(where):
     from lowmem.triton_kernels import quant_lattice as lattice_kernels
 
     phi = torch.tensor([[-9.5, -8.5, -7.5, -2.5, -1.5, -0.5, 0.5, 1.5, 2.5, 6.5, 7.5, 8.5, 1e30, -1e30]], device=where)
