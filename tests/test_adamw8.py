@@ -365,6 +365,34 @@ def test_two_runs_have_the_same_bits():
     assert equal(*results)
 
 
+@pytest.mark.parametrize("name, codec", [("log8", "log8"), ("fp8", "e4m3+exp")])
+def test_formats_as_states_of_the_projected_optimizer(name, codec):
+    from lowmem.ops.codecs import decode_reference, encode_reference
+    from lowmem.optim import ProjAdamW
+    from lowmem.optim.codec import find_codec
+
+    weights = {}
+    for state in ("fp32", name):
+        torch.manual_seed(0)
+        p = nn.Parameter(torch.randn(96, 250) * 0.1)
+        start = p.detach().clone()
+        optimizer = ProjAdamW([p], lr=1e-2, rank=16, state=state, betas=(0.9, 0.95))
+        for t in range(5):
+            set_grads([p], t)
+            optimizer.step()
+        weights[state] = p.detach() - start
+    assert (weights[name] - weights["fp32"]).norm() < 0.05 * weights["fp32"].norm()
+    assert optimizer.state[p]["exp_avg"].dtype == torch.uint8
+    x = torch.rand(16, 250)
+    for signed in (True, False):
+        kept = find_codec("state", name).encode(x, signed=signed, generator=None)
+        want = encode_reference(x, codec, 128, signed)
+        assert all(torch.equal(a, b) for a, b in zip(want, kept.values(), strict=True))
+        assert sum(t.nbytes for t in kept.values()) == find_codec("state", name).bytes(x.numel())
+        back = find_codec("state", name).decode(kept, signed=signed, shape=x.shape)
+        assert torch.equal(back, decode_reference(*want, x.numel(), codec, 128, signed).view(x.shape))
+
+
 # ------------------------------------------------------------------------------------------------------------ bad input
 
 

@@ -96,7 +96,36 @@ class Int8:
         return numel + 4 * -(-numel // _GROUP)
 
 
+class Grouped:
+    """A format of :mod:`lowmem.ops.codecs` for both moments, groups of 128: ``"log8"``, and ``"fp8"``, which is E4M3
+    with range expansion. Rounds to nearest (``generator`` is not used): with beta2 above about 0.99 V follows changes
+    of an element's own variance late (docs/lowbit_optim.md), where ``"int8"``, which rounds stochastically, does not.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def encode(self, x: Tensor, *, signed: bool, generator: torch.Generator | None) -> dict[str, Tensor]:
+        """Codes (uint8) of ``x``'s shape, a scale (fp32) and a span (uint8) for every 128 elements."""
+        from ..ops.lowbit_optim import group_encode
+
+        codes, scale, span = group_encode(x.float(), self.name, group_size=_GROUP, signed=signed)
+        return {"": codes, ".scale": scale, ".span": span}
+
+    def decode(self, stored: dict[str, Tensor], *, signed: bool, shape: torch.Size) -> Tensor:
+        """fp32 numbers of ``shape``."""
+        from ..ops.lowbit_optim import group_decode
+
+        codes, scale, span = stored[""], stored[".scale"], stored[".span"]
+        return group_decode(codes, scale, span, self.name, group_size=_GROUP, signed=signed).view(shape)
+
+    def bytes(self, numel: int) -> int:
+        """One an element and five for every 128."""
+        return numel + 5 * -(-numel // _GROUP)
+
+
 _CODECS: dict[str, Codec] = {"fp32": Float32(), "bf16": BFloat16(), "int8": Int8()}
+_CODECS |= {"log8": Grouped("log8"), "fp8": Grouped("e4m3+exp")}
 
 
 def register_codec(name: str, codec: Codec) -> None:

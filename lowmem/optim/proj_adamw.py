@@ -51,8 +51,8 @@ class ProjAdamW(Optimizer):
       factor a step; None turns it off.
     - ``precond``: :class:`FisherWindow` or None. ``reparam="weight_norm"``: W = g V/|V| by rows; the subspace holds V's
       gradient, g has moments of its own, and weight decay acts on g.
-    - ``state``: ``"fp32"``, ``"bf16"``, ``"int8"`` or a registered codec, for M and V. ``basis="int8"`` keeps P so too;
-      by default P has the weight's dtype.
+    - ``state``: ``"fp32"``, ``"bf16"``, ``"int8"``, ``"log8"``, ``"fp8"`` or a registered codec, for M and V.
+      ``basis="int8"`` keeps P so too; by default P has the weight's dtype.
     - ``rounding``: ``"nearest"`` or ``"stochastic"``, of bf16 weights. ``eps_hat=True`` adds eps to sqrt(V) before the
       bias correction (Kingma and Ba's eps-hat; the released GaLore, Fira and APOLLO), not after.
 
