@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
+from test_cpu_kernels import run_at
 from torch import nn
 
 import lowmem
@@ -183,6 +184,32 @@ def test_two_threads_give_the_same_bits(two_threads):
     two = ops.norm_backward(dy, None, x, weight, stats, True, 0, True, True)
     torch.set_num_threads(1)
     assert all(map(torch.equal, two, ops.norm_backward(dy, None, x, weight, stats, True, 0, True, True)))
+
+
+# one process a level: the level is chosen at the first call
+LEVEL_SCRIPT = """
+import torch
+import test_activation, test_activation_loss
+
+torch.manual_seed(0)
+for dtype in test_activation.DTYPES:
+    for m, k in ((1, 1), (3, 33), (5, 260)):
+        test_activation.check_all(*test_activation.problem(m, k, dtype))
+test_activation.test_every_code_survives("cpu")
+test_activation.test_ties_go_to_the_even_code("cpu")
+test_activation_loss.test_the_rows_operator_against_its_reference("cpu")
+print("all checked")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["plain", "avx2", "avx512"])
+def test_every_instruction_set(level):
+    done = run_at(level, LEVEL_SCRIPT)
+    if "that this processor has" in done.stderr:
+        pytest.skip(f"this processor has no {level}")
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "all checked" in done.stdout
 
 
 # ---------------------------------------------------------------------------------------------------------- FP8 groups
