@@ -194,6 +194,34 @@ def test_trains_bf16_and_scaled_gradients():
         assert float((losses["bf16"][name].float() - want).norm() / want.norm()) < 0.05, name
 
 
+def test_a_dropped_backward_leaves_nothing_behind():
+    """Steps given up after backward, cleared by the model and not by the optimizer, while layers gather G."""
+    (plain, a), (projected, b) = pair()
+    data = batches(8)
+    train(plain, a, data)
+    for batch, junk in zip(data, batches(8, seed=8), strict=True):
+        loss_of(projected, junk).backward()
+        projected.zero_grad()
+        train(projected, b, [batch])
+    same(plain, projected)
+
+
+def test_gradient_is_zero_beyond_the_rank():
+    """Clipping's norm must be |R|: nothing may stand in the columns and rows that the basis does not have."""
+    model = optim.project_(model_of(), 20)
+    optimizer = make(model, rank=None, energy=0.5, refresh=2)
+    train(model, optimizer, batches(2))
+    for batch in batches(3, seed=8):  # with and without a refresh
+        loss_of(model, batch).backward()
+        for layer in (model.wide, model.square, model.narrow):
+            rank = optimizer.state[layer.lowrank_grad]["basis"].shape[1]
+            assert 0 < rank < 20
+            grad = layer.lowrank_grad.grad.T if layer.projection.left else layer.lowrank_grad.grad
+            assert grad[:, :rank].any() and not grad[:, rank:].any()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
 def test_resumes_exactly_and_state_dict_is_a_linear_layers():
     data = batches(11, torch.float32)
     one = model_of(torch.float32)
