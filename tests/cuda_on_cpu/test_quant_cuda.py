@@ -134,6 +134,13 @@ def test_gemv_in_fp32_and_odd_depths(rig, name, m):
                 product(rig, "quant_gemv", q, values(m, k, dtype=dtype), values(n, dtype=dtype))
 
 
+@pytest.mark.parametrize("name", ["nf4", "nf3-g16-nested", "int8-g32-zero", "int2-row"])
+def test_gemv_deeper_than_its_ring(rig, name):
+    # seven chunks through three stages: each stage is filled again while others may still read it
+    for n, m in ((9, 1), (10, 4)):
+        product(rig, "quant_gemv", packed(SPECS[name], n, 6240), values(m, 6240))
+
+
 @pytest.mark.parametrize("m", [1, 7, 9, 16, 33, 64])
 @pytest.mark.parametrize("name", ["nf4-g16-nested", "nf3", "nf2", "int8-row", "int4-g32-zero", "int2-g32"])
 def test_mma_rows(rig, name, m):
