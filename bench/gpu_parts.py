@@ -301,6 +301,11 @@ BENCHES = (
     ("bench_lora.py", "--only", "overhead", "--dtypes", "bf16"),
     ("bench_lora.py", "--only", "layer", "--dtypes", "fp32"),
     ("bench_lora.py", "--only", "kernel", "--dtypes", "fp32"),
+    ("bench_lowrank.py", "--only", "step"),
+    ("bench_activation.py", "--only", "loss", "--dtypes", "bf16"),
+    ("bench_activation.py", "--only", "kernel", "--dtypes", "bf16"),
+    ("bench_lora_dora.py", "--dtypes", "bf16"),
+    ("bench_lowrank.py", "--only", "refresh"),
 )
 QUICK = (("bench_lora.py", "--only", "layer,kernel,overhead", "--dtypes", "bf16"),)
 """The same on a CPU, to see that it runs."""

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import smoke
 
 SCRIPT = Path(__file__).resolve().parent.parent / "bench" / "gpu_run.py"
 
@@ -42,6 +43,8 @@ def test_the_whole_run_on_the_cpu(tmp_path):
                 operator,
             )
     assert [r for r in rows if "lora_linear " in r["name"]]
+    families = {r["name"].split(":")[0] for r in rows if r["part"] == "smoke"}
+    assert families == set(smoke.FAMILIES) and len(families) >= 5
     counts = next(r for r in rows if r["name"] == "counts")
     assert counts["passed"] > 20 and counts["failed"] == 0
     assert {r["name"].split()[0] for r in rows if r["part"] == "ceilings"} == {"copy", "gemm"}
@@ -139,10 +142,16 @@ for name in ('a', 'b', 'c', 'd'):
     assert [(r["name"], r["status"]) for r in rows] == [("a", "ok"), ("b", "failed"), ("c", "failed"), ("d", "ok")]
 
 
+def test_every_piece_of_a_benchmark_is_there(gpu_run):
+    for script, *options in (*gpu_run.gpu_parts.BENCHES, *gpu_run.gpu_parts.QUICK):
+        text = (SCRIPT.parent / script).read_text()
+        for option in ("--device", "--csv", "--quick", *(o for o in options if o.startswith("--"))):
+            assert f'"{option}"' in text, (script, option)
+
+
 def test_failed_numerics_are_a_result(gpu_run, monkeypatch, tmp_path):
     # one operator of the smoke part is wrong: its line says failed, the others are unharmed
     import lora_cases
-    import smoke
     import torch
     from smoke import Smoke
 
@@ -198,6 +207,8 @@ def test_the_benchmark_joins_its_pieces_and_survives_one_that_fails(gpu_run, mon
         "print('1 of 1 met')\n"
     )
     monkeypatch.setattr(gpu_run.gpu_parts, "ROOT", tmp_path)
+    ours = [piece for piece in gpu_run.gpu_parts.BENCHES if piece[0] == "bench_lora.py"]
+    monkeypatch.setattr(gpu_run.gpu_parts, "BENCHES", ours)
     out = tmp_path / "out"
     out.mkdir()
     args = gpu_run.parse(["--device", "cuda", "--out", str(out)])
