@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from lowmem.ops import lora_rule
+from lowmem import _dispatch
+from lowmem.ops import lora_linear, lora_rule
 from lowmem.ops.lora_rule import Rates, break_even, dy_way, fuses, masked_expand_way, measure, shape_class
 
 SHAPE = (8192, 4096, 4096)
@@ -129,3 +130,67 @@ def test_the_other_ways(monkeypatch):
     assert masked_expand_way(GPU, True) == "triton"
     monkeypatch.setattr(lora_rule, "PREFERRED", {GPU: {"lora_dy": "torch", "lora_masked_expand_": "torch"}})
     assert dy_way(GPU, 16, half, True) == "torch" and masked_expand_way(GPU, True) == "torch"
+
+
+# ------------------------------------------------------------------------------------------------------------- the CPU
+
+
+def never():
+    raise AssertionError("measured without LOWMEM_AUTOTUNE=1")
+
+
+def test_cpu_ways_by_rank():
+    half = torch.bfloat16
+    for op in ("lora_dy", "lora_da"):
+        ways = [lora_rule.cpu_way(op, (2048, 4096), r, half, never) for r in (1, 16, 32, 33, 64, 512)]
+        assert ways == ["cpp"] * 3 + ["torch"] * 3
+        assert lora_rule.cpu_way(op, (2048, 4096), 512, torch.float32, never) == "cpp"
+
+
+def test_autotune_measures_the_cpus_ways(monkeypatch):
+    monkeypatch.setenv("LOWMEM_AUTOTUNE", "1")
+    took = {"cpp": 1.0, "torch": 2.0}
+    monkeypatch.setattr(lora_rule, "cpu_seconds", lambda call: took.get(call(), 1e-9))
+    made = []
+
+    def ways():
+        made.append(1)
+        return lambda: "cpp", lambda: "torch"
+
+    args = ("lora_dy", (2048, 4096), 64, torch.bfloat16, ways)
+    assert lora_rule.cpu_way(*args) == "cpp" and lora_rule.cpu_way(*args) == "cpp" and len(made) == 1
+    took["torch"] = 0.5
+    assert lora_rule.cpu_way("lora_da", *args[1:]) == "torch"
+    monkeypatch.setattr(lora_rule, "_memory", {})  # another process reads what this one kept
+    assert lora_rule.cpu_way(*args) == "cpp" and len(made) == 2
+
+
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("autotune", ["0", "1"])
+def test_gradients_whichever_way(monkeypatch, autotune, adapter):
+    """Ranks on both sides of the rule, by the family's error rule; fp32 adapters never take a rounded gradient."""
+    import lora_cases
+
+    monkeypatch.setenv("LOWMEM_AUTOTUNE", autotune)
+    precision = "bf16" if adapter is torch.bfloat16 else "bf16+fp32"
+    for r in (16, 64):
+        for p in (0.0, 0.1):
+            lora_cases.check_linear(lora_cases.Case(m=65, k=100, n=33, r=r, p=p, precision=precision))
+
+
+@pytest.mark.skipif(not _dispatch.CPU.loaded, reason=_dispatch.CPU.why_not)
+def test_the_rule_is_asked(monkeypatch):
+    asked = []
+
+    def way(op, shape, rank, dtype, ways):
+        asked.append((op, shape, rank))
+        return "torch"
+
+    monkeypatch.setattr(lora_rule, "cpu_way", way)
+    x = torch.randn(8, 12, dtype=torch.bfloat16)
+    a, b = (torch.randn(s, dtype=torch.bfloat16, requires_grad=True) for s in ((4, 12), (6, 4)))
+    lora_linear(x, None, a, b, 1.0).sum().backward()
+    assert asked == [("lora_dy", (8, 6), 4), ("lora_da", (8, 12), 4)]
+    asked.clear()
+    lora_linear(x, None, a.detach().float().requires_grad_(), b, 1.0).sum().backward()
+    assert asked == [("lora_dy", (8, 6), 4)], "an fp32 A takes no gradient that was rounded to bf16"

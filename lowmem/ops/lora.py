@@ -31,6 +31,7 @@ from .._dispatch import define, triton_launcher
 from .._dtypes import accumulate_dtype
 from .._errors import bad
 from ..quant.qtensor import QTensor
+from . import lora_rule
 from .activation_saved import INPUT_SAVES, Recipe, offered, rebuild
 from .philox import inv_keep, keep_mask, pack_bits, unpack_bits
 from .sampled import Pick, check_pick
@@ -315,7 +316,7 @@ class _LoRALinear(torch.autograd.Function):
             g = None if gate is None else gate.to(dy.dtype)
             outer = scale if g is None else 1.0  # with a gate, dy B is needed bare: dgate = sum(S * (dy B))
             if need_b:
-                ds, db = ops.lora_dy(dy, b, s if g is None else s * g, outer)
+                ds, db = _dy(dy, b, s if g is None else s * g, outer)
                 db = db.to(b.dtype)
             elif need_x or need_a or need_gate:
                 ds = (dy @ b.to(dy.dtype)).mul_(outer)
@@ -342,10 +343,43 @@ class _LoRALinear(torch.autograd.Function):
                 (how, numbers), (m, k) = ctx.how, ctx.shape
                 rows = rebuild(how, numbers, (x, *others), m, k, dy.dtype)
             if need_a:
-                da = ops.lora_da(ds, rows, mask, p, seed, child).to(a.dtype)
+                da = _da(ds, rows, a, mask, p, seed, child)
             dw = dy.T @ rows if need_w else None
             grads += (dw, dy.sum(0) if need_bias else None, da, db, dgate, *[None] * (TENSORS - 5))
         return None if dx is None else dx.view(*lead, dx.shape[1]), None, None, *grads
+
+
+def _weighs(t: Tensor, adapter: Tensor) -> bool:
+    # torch's GEMMs round a weight gradient to t's dtype: no loss only where the adapter's own dtype is that
+    return t.device.type == "cpu" and adapter.dtype == t.dtype and not torch.compiler.is_compiling()
+
+
+def _dy(dy: Tensor, b: Tensor, s: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """``lora_dy``, on a CPU by the rule."""
+    run = torch.ops.lowmem.lora_dy
+    if _weighs(dy, b):
+        shape = (dy.shape[0], dy.shape[1])
+
+        def ways() -> Any:
+            return lambda: run(dy, b, s, scale), lambda: dy_reference(dy, b, s, scale)
+
+        if lora_rule.cpu_way("lora_dy", shape, b.shape[1], dy.dtype, ways) == "torch":
+            return dy_reference(dy, b, s, scale)
+    return run(dy, b, s, scale)
+
+
+def _da(ds: Tensor, rows: Tensor, a: Tensor, mask: Tensor | None, p: float, seed: Tensor | None, child: int) -> Tensor:
+    """``lora_da`` in A's dtype, on a CPU by the rule."""
+    run = torch.ops.lowmem.lora_da
+    if p == 0 and _weighs(rows, a):
+        shape = (rows.shape[0], rows.shape[1])
+
+        def ways() -> Any:
+            return lambda: run(ds, rows, None, 0.0, None, child), lambda: ds.T @ rows
+
+        if lora_rule.cpu_way("lora_da", shape, ds.shape[1], rows.dtype, ways) == "torch":
+            return ds.T @ rows
+    return run(ds, rows, mask, p, seed, child).to(a.dtype)
 
 
 def _sampled_grads(

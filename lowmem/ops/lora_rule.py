@@ -1,4 +1,4 @@
-"""Which of several ways serves an operator of the ``lora`` family on a GPU: a rule over measured rates, kept as data.
+"""Which of several ways serves an operator of the ``lora`` family: a rule over measured rates, kept as data.
 
 **The fused GEMM against the composed one.** Composed, the rank-r term is written into the output and cuBLAS
 accumulates the base product onto it (``beta = 1``); fused, a Triton GEMM holds it on its accumulator and the output
@@ -20,7 +20,8 @@ that is composed here: the output is written first and cuBLAS reads it while its
 composed way is the default. ``LOWMEM_AUTOTUNE=1`` measures the rates of a shape class at its first call on a device
 and keeps them in ``$XDG_CACHE_HOME/lowmem/lora_rates.json`` (``~/.cache`` where that is unset).
 
-The dY pass and the masked expand have their own tables below.
+The dY pass and the masked expand have their own tables below. On a CPU the passes in C++ are weighed against torch's
+own GEMMs by rank (:func:`cpu_way`); ``LOWMEM_AUTOTUNE=1`` measures there too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ import json
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +56,10 @@ for the same reason."""
 
 ONE_READ_RANKS = 64
 """Above this rank the dY pass would read dy more than once, and two cuBLAS GEMMs do no worse."""
+
+CPU_RANKS: dict[str, int] = {"lora_dy": 32, "lora_da": 32}
+"""Largest rank at which the pass in C++ beats torch's GEMMs for bf16 on a CPU, without dropout: measured at ranks 16,
+32, 64 and 128 (docs/performance.md). In fp32 it does at every rank, and with dropout it saves a copy of x besides."""
 
 PREFILL_PASSES = 1
 UPDATE_PASSES = 2
@@ -132,6 +138,34 @@ def masked_expand_way(device: str, cuda_cpp: bool) -> str:
     return "triton" if way == "cuda" and not cuda_cpp else way
 
 
+def cpu_way(
+    op: str,
+    shape: tuple[int, int],
+    rank: int,
+    dtype: torch.dtype,
+    ways: Callable[[], tuple[Callable[[], object], Callable[[], object]]],
+) -> str:
+    """Who serves ``lora_dy`` or a ``lora_da`` without dropout on a CPU: "cpp", or "torch" (GEMMs).
+
+    Args:
+        op: the operator; shape: rows and columns of what it reads; rank, dtype: as they are.
+        ways: called under ``LOWMEM_AUTOTUNE=1`` where nothing is known of the class; gives the calls to time, in C++
+            and in torch.
+    """
+    if dtype is not torch.bfloat16:
+        return "cpp"
+    if not autotune():
+        return "cpp" if rank <= CPU_RANKS[op] else "torch"
+    key = shape_class(op, (*shape, 1), rank, dtype)
+    name = f"cpu of {torch.get_num_threads()} threads"
+    rates = _cached(name, key)
+    if rates is None:
+        cpp, gemms = ways()
+        rates = measure(gemms, cpp, lambda: None, flops=1.0, copied_bytes=1.0, seconds=cpu_seconds, rounds=7)
+        _keep(name, key, rates)
+    return "cpp" if rates.eta >= 1 else "torch"
+
+
 # ----------------------------------------------------------------------------------------------------------- measuring
 
 
@@ -158,6 +192,13 @@ def measure(
             into.append(seconds(call))
     t_base, t_fused, t_copy = (statistics.median(t) for t in times)
     return Rates(gemm=flops / t_base, copy=copied_bytes / t_copy, eta=t_base / t_fused)
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """Seconds that one call takes by the clock."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start + 1e-9  # of a clock that has not moved
 
 
 def cuda_seconds(call: Callable[[], object]) -> float:
