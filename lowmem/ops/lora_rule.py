@@ -57,7 +57,7 @@ for the same reason."""
 ONE_READ_RANKS = 64
 """Above this rank the dY pass would read dy more than once, and two cuBLAS GEMMs do no worse."""
 
-CPU_RANKS: dict[str, int] = {"lora_dy": 32, "lora_da": 32}
+CPU_RANKS: dict[str, int] = {"lora_dy": 16, "lora_da": 16}
 """Largest rank at which the pass in C++ beats torch's GEMMs for bf16 on a CPU, without dropout: measured at ranks 16,
 32, 64 and 128 (docs/performance.md). In fp32 it does at every rank, and with dropout it saves a copy of x besides."""
 
