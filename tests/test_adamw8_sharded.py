@@ -1,8 +1,8 @@
 """AdamW8 over parameters that fully_shard cut over two processes (gloo, CPU)."""
 
 import copy
-import os
-import socket
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,57 +44,53 @@ def steps_of(model, optimizer, count, dtype, spoil=-1, first=0):
         optimizer.step()
 
 
-def worker(rank, world, port, dtype, results):
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world))
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
-    try:
-        from torch.distributed.checkpoint.state_dict import (
-            StateDictOptions,
-            get_optimizer_state_dict,
-            set_optimizer_state_dict,
-        )
-        from torch.distributed.fsdp import fully_shard
+def worker(rank, world, dtype, folder):
+    sys.path.insert(0, str(Path(__file__).parent))
+    from two_processes import leave, meet
 
-        model = build(dtype)
-        fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (world,)))
-        torch.manual_seed(50 + rank)  # ranks that draw differently must still agree on the seeds
-        optimizer = AdamW8(model.parameters(), lr=1e-2, max_grad_norm=0.05)
-        steps_of(model, optimizer, 2, dtype)
-        before = [p.to_local().clone() for p in model.parameters()]
-        steps_of(model, optimizer, 1, dtype, spoil=2, first=2)
-        assert optimizer.last_skipped and all(
-            torch.equal(a, p.to_local()) for a, p in zip(before, model.parameters(), strict=True)
-        )
-        whole = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
-        whole = copy.deepcopy(whole)  # what is not sharded is in it by reference
-        steps_of(model, optimizer, 1, dtype, first=3)
-        after = [full(p.detach()).clone() for p in model.parameters()]
-        # back to the state before the last step, through a full checkpoint
-        for p, old in zip(model.parameters(), before, strict=True):
-            p._local_tensor.detach().copy_(old)
-        set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(full_state_dict=True))
-        steps_of(model, optimizer, 1, dtype, first=3)
-        again = [full(p.detach()).clone() for p in model.parameters()]
-        assert all(torch.equal(a, b) for a, b in zip(after, again, strict=True))
-        kinds = [optimizer.state[p]["exp_avg"].dtype for p in model.parameters()]
-        states = [{k: full(v) for k, v in optimizer.state[p].items()} for p in model.parameters()]
-        if rank == 0:
-            torch.save((after, kinds, states), results)
-    finally:
-        torch.distributed.destroy_process_group()
+    torch.set_num_threads(1)
+    meet(rank, world, folder)
+    from torch.distributed.checkpoint.state_dict import (
+        StateDictOptions,
+        get_optimizer_state_dict,
+        set_optimizer_state_dict,
+    )
+    from torch.distributed.fsdp import fully_shard
+
+    model = build(dtype)
+    fully_shard(model, mesh=torch.distributed.init_device_mesh("cpu", (world,)))
+    torch.manual_seed(50 + rank)  # ranks that draw differently must still agree on the seeds
+    optimizer = AdamW8(model.parameters(), lr=1e-2, max_grad_norm=0.05)
+    steps_of(model, optimizer, 2, dtype)
+    before = [p.to_local().clone() for p in model.parameters()]
+    steps_of(model, optimizer, 1, dtype, spoil=2, first=2)
+    assert optimizer.last_skipped and all(
+        torch.equal(a, p.to_local()) for a, p in zip(before, model.parameters(), strict=True)
+    )
+    whole = get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True))
+    whole = copy.deepcopy(whole)  # what is not sharded is in it by reference
+    steps_of(model, optimizer, 1, dtype, first=3)
+    after = [full(p.detach()).clone() for p in model.parameters()]
+    # back to the state before the last step, through a full checkpoint
+    for p, old in zip(model.parameters(), before, strict=True):
+        p._local_tensor.detach().copy_(old)
+    set_optimizer_state_dict(model, optimizer, whole, options=StateDictOptions(full_state_dict=True))
+    steps_of(model, optimizer, 1, dtype, first=3)
+    again = [full(p.detach()).clone() for p in model.parameters()]
+    assert all(torch.equal(a, b) for a, b in zip(after, again, strict=True))
+    kinds = [optimizer.state[p]["exp_avg"].dtype for p in model.parameters()]
+    states = [{k: full(v) for k, v in optimizer.state[p].items()} for p in model.parameters()]
+    if rank == 0:
+        torch.save((after, kinds, states), f"{folder}/results.pt")
+    leave()
 
 
 def test_two_ranks_equal_one(tmp_path):
     dtype = torch.bfloat16  # with stochastic rounding, whose random numbers must follow the element
     if not torch.distributed.is_available():
         pytest.skip("this torch has no torch.distributed")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    results = tmp_path / "results.pt"
-    torch.multiprocessing.spawn(worker, (2, port, dtype, str(results)), nprocs=2, join=True)
-    after, kinds, states = torch.load(results, weights_only=True)
+    torch.multiprocessing.spawn(worker, (2, dtype, str(tmp_path)), nprocs=2, join=True)
+    after, kinds, states = torch.load(tmp_path / "results.pt", weights_only=True)
     u8, f32 = torch.uint8, torch.float32
     assert kinds == [u8, u8, u8, f32, f32]
     for size, state, group in zip(SIZES[:3], states[:3], (128, 64, 128), strict=True):

@@ -15,14 +15,14 @@ def run(rank, folder):
     """One process: every case, its weights into ``folder``."""
     sys.path.insert(0, str(Path(__file__).parent))
     import test_projected as one
-    import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
+    from two_processes import leave, meet
 
     from lowmem import optim
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD)
+    meet(rank, WORLD, folder)
     half = one.TOKENS // WORLD
     data = [
         tuple(t[rank * half : (rank + 1) * half] for t in batch) for batch in one.batches(2 * STEPS, rows=one.TOKENS)
@@ -58,7 +58,7 @@ def run(rank, folder):
             steps(model, optimizer, waiting)
         full = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in one.weights(model).items()}
         torch.save({n: p.clone() for n, p in full.items()}, f"{folder}/{name}{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 def test_two_processes_equal_one(tmp_path):
