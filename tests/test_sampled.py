@@ -31,7 +31,7 @@ def expectation(p, k, mode, monkeypatch):
     """``E[sum_j scale_j e_(rows_j)]`` over the uniforms, exactly: a choice is constant between the breakpoints of a
     uniform, so one point of each piece, weighted by its length, is the whole integral."""
     n = p.numel()
-    s, _ = torch.sort(sampled._relative(p), descending=True, stable=True)
+    s, _ = torch.sort(sampled.relative(p), descending=True, stable=True)
     cuts = {0.0, 1.0}
     for t in range(k):
         tail = s[t:].cumsum(0)

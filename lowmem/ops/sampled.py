@@ -71,13 +71,21 @@ def uniforms(seed: Tensor, count: int) -> Tensor:
     return ((w0 << 21) | (w1 >> 11)).double() * 2.0**-53
 
 
-def _relative(p: Tensor) -> Tensor:
+def relative(p: Tensor) -> Tensor:
     """Importances over the largest finite one, in float64: the scale of the gradient cancels. What is not finite counts
     as beyond all others (its rows are chosen, so that a NaN shows in the gradient), what is negative as zero."""
     p = p.double()
     finite = p.isfinite()
     top = torch.where(finite, p, 0.0).amax().clamp(min=0.0)
     return torch.where(finite, p.clamp(min=0.0) / torch.where(top > 0, top, 1.0), 2.0**100)
+
+
+def water_level(s: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """For importances ``s [n]`` in descending order: ``S_t`` (what they sum to from place ``t`` on, from the least up)
+    and ``k - t``, each ``[k]``, and the least ``t`` with ``(k - t) s_t <= S_t``, from which no inclusion is above 1."""
+    suffix = s.flip(0).cumsum(0).flip(0)[:k]
+    left = k - torch.arange(k, device=s.device)
+    return suffix, left, (left * s[:k] <= suffix).int().argmax()
 
 
 def choose_reference(p: Tensor, k: int, mode: str, seed: Tensor) -> tuple[Tensor, Tensor]:
@@ -95,18 +103,15 @@ def choose_reference(p: Tensor, k: int, mode: str, seed: Tensor) -> tuple[Tensor
 
     Where fewer than ``k`` importances are positive, the others are filled in with scale 0.
     """
-    s, order = torch.sort(_relative(p), descending=True, stable=True)
-    suffix = s.flip(0).cumsum(0).flip(0)[:k]  # S_t for t < k, each summed from the least
+    s, order = torch.sort(relative(p), descending=True, stable=True)
+    suffix, left, t = water_level(s, k)
     places = torch.arange(k, device=p.device)
-    left = k - places
     if mode == "topk":
         at, scale = places, torch.ones_like(suffix)
     else:
-        if mode == "systematic":
-            t = (left * s[:k] <= suffix).int().argmax()
-        elif mode == "wta":
+        if mode == "wta":
             t = (suffix / left).argmin()
-        else:
+        elif mode == "crs":
             t = torch.zeros((), dtype=torch.int64, device=p.device)
         mass, count = suffix[t], left[t]
         tail = torch.where(torch.arange(s.numel(), device=p.device) < t, 0.0, s).cumsum(0)

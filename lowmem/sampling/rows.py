@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._errors import bad
-from ..ops.sampled import MODES, Pick
+from ..ops.sampled import MODES, Pick, relative, water_level
 
 Mode = Literal["systematic", "wta", "crs", "topk"]
 
@@ -46,14 +46,10 @@ def inclusion_probabilities(p: Tensor, k: int) -> Tensor:
     allows) has the least bound on the variance.
     """
     _check("inclusion_probabilities", p, k)
-    from ..ops.sampled import _relative
-
     with torch.no_grad():
-        q = _relative(p)
+        q = relative(p)
         s = q.sort(descending=True).values
-        suffix = s.flip(0).cumsum(0).flip(0)[:k]
-        left = k - torch.arange(k, device=p.device)
-        t = (left * s[:k] <= suffix).int().argmax()
+        suffix, left, t = water_level(s, k)
         c = torch.where(suffix[t] > 0, left[t] / suffix[t], 0.0)
         certain = (q > s[t]) & (t > 0)
         return torch.where(certain | ((suffix[t] <= 0) & (q > 0)), 1.0, (c * q).clamp(max=1.0))
